@@ -1,0 +1,386 @@
+"""The node: one member of a swarm, composed of a transport, a directory and, if it hosts, a span with its actors.
+
+    async with swarmlm.open_node(peers=PEERS) as node:            # join; no peers: a new swarm
+        await node.host("smollm2", blocks=range(0, 12))           # returns when ready
+        async with node.session("smollm2") as session:
+            async for text in session.generate("Hello"):
+                print(text, end="")
+
+Nothing but the cli, `portal`, `aio` and `auto` imports this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from swarmlm.actors.core import Ref, Supervisor, open_supervisor
+from swarmlm.actors.directory import Directory
+from swarmlm.actors.links import Links
+from swarmlm.actors.scout import Scout
+from swarmlm.config import default_kv_memory
+from swarmlm.errors import ConfigError, UsageError
+from swarmlm.protocol import (
+    Address,
+    CloseSession,
+    DirectoryRole,
+    GetDirectory,
+    GetStatus,
+    HostRecord,
+    OpenSession,
+    PeerId,
+    Publish,
+    State,
+    Step,
+)
+from swarmlm.transport.base import Transport, peer_of
+from swarmlm.transport.discovery import Discovery, NoDiscovery
+from swarmlm.transport.identity import Identity
+from swarmlm.transport.records import sign_record
+
+if TYPE_CHECKING:
+    from swarmlm.models.source import Source
+    from swarmlm.session import NodeSession
+
+log = logging.getLogger("swarmlm.node")
+
+Progress = Callable[[int, int], None]
+
+ANNOUNCE_SECONDS = 30.0  # directory, neighbours: each has its own shorter deadline
+WITHDRAW_SECONDS = 5.0  # leaving does not wait for the dead
+
+
+@dataclass(frozen=True)
+class HostHandle:
+    """What a node serves. `kv_total` in bytes, `block_ms` for one token through one block."""
+
+    model: str
+    start: int
+    end: int
+    blocks: int
+    dtype: str
+    kv_total: int
+    block_ms: float
+
+
+@dataclass(frozen=True)
+class HostRow:
+    peer: str
+    start: int
+    end: int
+    state: State
+    kv_free: int
+    kv_total: int
+    queue: int
+    sessions: int
+    block_ms: float
+    rtt_ms: float | None
+    dtype: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SwarmStatus:
+    """`coverage` is (start, end, replicas) from block 0 to the last; `holes` are the spans that nobody serves."""
+
+    model: str
+    blocks: int
+    hosts: list[HostRow]
+    coverage: list[tuple[int, int, int]]
+    holes: list[tuple[int, int]]
+
+
+class Node:
+    """Made by `open_node`. Safe for any number of tasks of its trio loop."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        identity: Identity,
+        discovery: Discovery,
+        supervisor: Supervisor,
+        directory: Ref[DirectoryRole],
+        links: Links,
+        seeds: Sequence[Address],
+        nursery: trio.Nursery,
+    ) -> None:
+        self._transport = transport
+        self._identity = identity
+        self._discovery = discovery
+        self._supervisor = supervisor
+        self._directory = directory
+        self._seeds = tuple(seeds)
+        self._announcer: Ref[Any] | None = None
+        self._sources: dict[str, Source] = {}
+        self._clients: dict[tuple[str, str | None], tuple[Any, Any]] = {}
+        self.links = links
+        self.nursery = nursery
+        self.scout = Scout(directory, links, discovery, seeds, me=transport.peer_id)
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._transport.peer_id
+
+    @property
+    def addresses(self) -> list[str]:
+        """Multiaddrs that others can pass as `peers`."""
+        return list(self._transport.addresses)
+
+    async def source(self, model: str) -> Source:
+        """The checkpoint behind a model name. Raises `ModelNotFound`, `ModelUnsupported`, `CheckpointCorrupt`."""
+        from swarmlm.models.source import open_source
+
+        if model not in self._sources:
+            self._sources[model] = await trio.to_thread.run_sync(open_source, model)
+        return self._sources[model]
+
+    async def client_model(self, model: str, dtype: str | None = None) -> tuple[Any, Any]:
+        """(model, tokenizer): the client's half of `model`, loaded once: embeddings, norm and head, no blocks."""
+        from swarmlm.models.client import load_client_model
+
+        if (model, dtype) not in self._clients:
+            source = await self.source(model)
+            load = functools.partial(
+                load_client_model,
+                source,
+                dtype=resolve_dtype(dtype, "cpu", source.checkpoint_dtype),
+                open_session=_no_session,
+            )
+            self._clients[model, dtype] = (
+                await trio.to_thread.run_sync(load),
+                await trio.to_thread.run_sync(source.tokenizer),
+            )
+        return self._clients[model, dtype]
+
+    async def host(
+        self,
+        model: str,
+        *,
+        blocks: range | None = None,
+        kv_memory: int | None = None,
+        dtype: str | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> HostHandle:
+        """Serve `blocks` of `model` (all of them by default); returns once others can use them.
+
+        `kv_memory` is the budget of all sessions' KV caches in bytes. `dtype` defaults to float32 on CPU and to the
+        checkpoint's own on a GPU. `threads` sets torch's thread count for the whole process.
+        Raises `BadSpan` and what `source` raises; `Unreachable` if none of the node's peers answers.
+        """
+        import torch
+
+        from swarmlm.actors.announcer import LEASE_SECONDS, Announce, Announcer
+        from swarmlm.actors.batcher import Batcher
+        from swarmlm.actors.host import BlockHost
+        from swarmlm.kernels.kv_pool import KVPool
+        from swarmlm.models.span import Span
+
+        if self._announcer is not None:
+            raise UsageError("this node serves a span already; open another node for another one")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        source = await self.source(model)
+        span_range = blocks if blocks is not None else range(source.num_blocks)
+        where = _device(device)
+        load = functools.partial(
+            Span.load,
+            source,
+            span_range.start,
+            span_range.stop,
+            dtype=resolve_dtype(dtype, where, source.checkpoint_dtype),
+            device=where,
+            progress=progress,
+        )
+        if self._seeds:
+            await self.scout.refresh(source.name)
+        span = await trio.to_thread.run_sync(load)
+        block_ms = await trio.to_thread.run_sync(span.measure)
+        pool = KVPool(kv_memory if kv_memory is not None else default_kv_memory())
+        batcher = await self._supervisor.start(lambda: Batcher(span, pool, block_ms=block_ms), name="batcher")
+        host = await self._supervisor.start(
+            lambda: BlockHost(
+                self.peer_id,
+                batcher,
+                model=source.name,
+                fingerprint=source.fingerprint,
+                start=span.start,
+                end=span.end,
+                context_length=source.context_length,
+                kv_token_bytes=span.kv_token_bytes,
+            ),
+            name="host",
+        )
+        self.links.route({OpenSession: host, CloseSession: host, GetStatus: host, Step: batcher})
+        record = HostRecord(
+            peer=self.peer_id,
+            addresses=tuple(self.addresses),
+            model=source.name,
+            fingerprint=source.fingerprint,
+            blocks=span.blocks,
+            start=span.start,
+            end=span.end,
+            sequence=0,
+            issued=0.0,
+            lease=LEASE_SECONDS,
+            dtype=str(span.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            block_ms=block_ms,
+            kv_free=pool.free,
+            kv_total=pool.total,
+            kv_token_bytes=span.kv_token_bytes,
+            version=version("swarmlm"),
+        )
+        self._announcer = await self._supervisor.start(
+            lambda: Announcer(
+                record,
+                functools.partial(sign_record, identity=self._identity),
+                host=host,
+                directory=self._directory,
+                links=self.links,
+                scout=self.scout,
+                discovery=self._discovery,
+                seeds=[(peer_of(seed), seed) for seed in self._seeds],
+            ),
+            name="announcer",
+        )
+        await self._announcer.call(Announce(), deadline=ANNOUNCE_SECONDS)
+        return HostHandle(source.name, span.start, span.end, span.blocks, record.dtype, pool.total, block_ms)
+
+    async def drain(self) -> None:
+        """Before leaving: take the record back, so that nobody plans a route through us. Never raises for the world."""
+        from swarmlm.actors.announcer import Withdraw
+        from swarmlm.errors import SwarmError
+
+        if self._announcer is None:
+            return
+        announcer, self._announcer = self._announcer, None
+        with trio.move_on_after(WITHDRAW_SECONDS, shield=True):
+            try:
+                await announcer.call(Withdraw(), deadline=WITHDRAW_SECONDS)
+            except SwarmError as error:
+                log.debug("could not withdraw: %s", error)
+
+    @asynccontextmanager
+    async def session(
+        self, model: str, *, max_length: int | None = None, dtype: str | None = None, on_event: Any = None
+    ) -> AsyncIterator[NodeSession]:
+        """A conversation with `model` over the swarm. See `swarmlm.session.NodeSession`.
+
+        `max_length` tokens of KV are reserved on each host (default: 2,048, grown by replay up to the model's context).
+        """
+        from swarmlm.session import open_node_session
+
+        async with open_node_session(self, model, max_length=max_length, dtype=dtype, on_event=on_event) as session:
+            yield session
+
+    async def status(self, model: str) -> SwarmStatus:
+        """Who serves what, asked now. Raises `Unreachable` if no peer answers; a swarm without hosts has holes only."""
+        from swarmlm.routing.planner import coverage
+
+        source = await self.source(model)
+        records = await self.scout.refresh(source.name)
+        probed = await self.scout.probe(records)
+        rows = []
+        for record in records:
+            live, rtt_ms = probed.get(PeerId(record.peer), (None, None))
+            now = live if live is not None else record
+            rows.append(
+                HostRow(
+                    peer=record.peer,
+                    start=record.start,
+                    end=record.end,
+                    state=now.state,
+                    kv_free=now.kv_free,
+                    kv_total=now.kv_total,
+                    queue=now.queue,
+                    sessions=now.sessions,
+                    block_ms=now.block_ms,
+                    rtt_ms=rtt_ms,
+                    dtype=record.dtype,
+                    addresses=record.addresses,
+                )
+            )
+        rows = [row for row in rows if row.rtt_ms is not None]
+        spans = coverage([(row.start, row.end) for row in rows], source.num_blocks)
+        holes = [(start, end) for start, end, replicas in spans if replicas == 0]
+        return SwarmStatus(source.name, source.num_blocks, rows, spans, holes)
+
+
+@asynccontextmanager
+async def open_node(
+    peers: Sequence[str] = (),
+    *,
+    listen: str | None = None,
+    identity: str | None = None,
+    transport: Transport | None = None,
+    discovery: Discovery | None = None,
+    key: Identity | None = None,
+) -> AsyncIterator[Node]:
+    """Join the swarm of `peers` (full multiaddrs), or start one.
+
+    `listen` is a multiaddr such as "/ip4/0.0.0.0/tcp/4001"; None listens on a free loopback port. `identity` is a key
+    file, made if missing; None is a fresh identity. `transport` and `discovery` replace libp2p's (for tests,
+    simulations and other networks); give the transport's own `key` with them.
+    Raises `ConfigError` for addresses that do not parse and a port in use.
+    """
+    seeds = [Address(peer) for peer in peers]
+    for seed in seeds:
+        peer_of(seed)
+    async with AsyncExitStack() as stack:
+        if transport is None:
+            from swarmlm.transport.libp2p import open_kademlia, open_libp2p
+
+            key = Identity.load_or_create(Path(identity)) if identity else Identity.generate()
+            where = [Address(listen or "/ip4/127.0.0.1/tcp/0")]
+            transport = await stack.enter_async_context(open_libp2p(key, listen=where))
+            discovery = await stack.enter_async_context(open_kademlia(transport, seeds))
+        elif key is None:
+            raise ConfigError("a transport of your own needs its key beside it")
+        supervisor = await stack.enter_async_context(open_supervisor())
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        links = Links(transport, nursery)
+        directory = await supervisor.start(Directory, name="directory")
+        links.route({GetDirectory: directory, Publish: directory})
+        node = Node(transport, key, discovery or NoDiscovery(), supervisor, directory, links, seeds, nursery)
+        try:
+            yield node
+        finally:
+            await node.drain()
+
+
+def _no_session(batch: int, max_length: int) -> Any:
+    raise UsageError("this model is driven by its node's sessions; see AutoDistributedModelForCausalLM for generate()")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def resolve_dtype(name: str | None, device: str, checkpoint: Any) -> Any:
+    """The torch dtype of a name; None is float32 on CPU and the checkpoint's own elsewhere. Raises `ConfigError`."""
+    import torch
+
+    if name is None:
+        return torch.float32 if device == "cpu" else checkpoint
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise ConfigError(f"no dtype {name!r}: choose one of {', '.join(kinds)}")
+    return kinds[name]

@@ -1,0 +1,101 @@
+"""The portal: one trio loop in a background thread, for code that is not trio's (scripts, notebooks, asyncio, generate()).
+
+`call` runs an async function there and waits for it; `enter` keeps an async context manager open there until `leave`.
+Every method may be called from any thread but the portal's own. A bridge costs about 0.2 ms.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar
+
+import trio
+
+from swarmlm.errors import Closed
+
+T = TypeVar("T")
+
+
+class Portal:
+    def __init__(self) -> None:
+        self._ready = threading.Event()
+        self._open: dict[int, tuple[trio.Event, trio.Event]] = {}
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._nursery: trio.Nursery | None = None
+        self._stop: trio.Event | None = None
+        self._thread = threading.Thread(target=self._main, name="swarmlm-portal", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+
+    def _main(self) -> None:
+        trio.run(self._loop)
+
+    async def _loop(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._token = trio.lowlevel.current_trio_token()
+            self._stop = trio.Event()
+            self._ready.set()
+            await self._stop.wait()
+            for leave, _ in list(self._open.values()):
+                leave.set()
+
+    @property
+    def token(self) -> trio.lowlevel.TrioToken:
+        """Of the portal's loop, for `trio.from_thread`."""
+        assert self._token is not None
+        return self._token
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run `await function(*args)` in the portal's loop and return or raise what it does."""
+        if not self._thread.is_alive():
+            raise Closed("the portal is closed")
+        return trio.from_thread.run(function, *args, trio_token=self._token)
+
+    def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        """Enter `manager` in a task of its own in the portal; `leave(value)` or `close()` exits it there."""
+        return self.call(self._enter, manager)
+
+    async def _enter(self, manager: AbstractAsyncContextManager[T]) -> T:
+        assert self._nursery is not None
+        outcome: list[T] = []
+        failure: list[BaseException] = []
+        entered, leave, left = trio.Event(), trio.Event(), trio.Event()
+
+        async def hold() -> None:
+            try:
+                async with manager as value:
+                    outcome.append(value)
+                    entered.set()
+                    await leave.wait()
+            except Exception as error:
+                failure.append(error)  # before `entered`: raised by enter; after: nobody is waiting for it
+            finally:
+                entered.set()
+                left.set()
+
+        self._nursery.start_soon(hold)
+        await entered.wait()
+        if not outcome:
+            raise failure[0]
+        self._open[id(outcome[0])] = (leave, left)
+        return outcome[0]
+
+    def leave(self, value: object) -> None:
+        """Exit the context manager that `enter` returned `value` of, and wait for it."""
+
+        async def exit_it() -> None:
+            leave, left = self._open.pop(id(value), (None, None))
+            if leave is not None and left is not None:
+                leave.set()
+                await left.wait()
+
+        self.call(exit_it)
+
+    def close(self) -> None:
+        """Leave everything entered and end the thread. Idempotent."""
+        if self._thread.is_alive() and self._token is not None and self._stop is not None:
+            self._token.run_sync_soon(self._stop.set)
+        self._thread.join()

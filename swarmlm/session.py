@@ -1,0 +1,367 @@
+"""Sessions of a node: the text side (`models.generation`, in a worker thread) joined to the wire side (`routing.session`).
+
+    async with node.session("smollm2") as session:
+        async for text in session.chat("What is the capital of France?"):
+            print(text, end="")
+
+`Node.session` opens them. transformers' own `generate()` runs in a worker thread; each pass through the remote blocks
+comes back to the trio loop as one awaited step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import trio
+
+from swarmlm.actors.core import Connection
+from swarmlm.errors import Closed, ContextTooLong, SwarmError, WrongModel
+from swarmlm.models.generation import StreamDecoder, TextSession
+from swarmlm.protocol import Address, PeerId
+from swarmlm.routing.graph import HostView
+from swarmlm.routing.session import Session, SessionEvent, open_session
+
+if TYPE_CHECKING:
+    from swarmlm.models.source import Source
+    from swarmlm.node import Node
+
+OnEvent = Callable[[SessionEvent], None]
+
+DEFAULT_LENGTH = 2048  # tokens reserved when nobody said how many: a long chat, 3 MB of KV a block at 135M size
+DEFAULT_NEW_TOKENS = 512  # tokens of one answer
+
+
+class SwarmView:
+    """One model's hosts as `routing.session` wants to see them: measured candidates, and links to them."""
+
+    def __init__(self, node: Node, model: str) -> None:
+        self._node = node
+        self._model = model
+        self._addresses: dict[PeerId, tuple[Address, ...]] = {}
+
+    async def views(self, model: str, fingerprint: str, *, max_length: int, batch: int, fresh: bool) -> list[HostView]:
+        scout = self._node.scout
+        records = () if fresh else await scout.hosts(model)
+        if not records:
+            records = await scout.refresh(model)
+        if records and not any(record.fingerprint == fingerprint for record in records):
+            raise WrongModel(f"the hosts found serve another {model} than this one (their configuration differs)")
+        ours = [record for record in records if record.fingerprint == fingerprint and record.state == "online"]
+        probed = await scout.probe(ours)
+        views = []
+        for record in ours:
+            peer = PeerId(record.peer)
+            if peer not in probed or probed[peer][0].state != "online":
+                continue
+            status, rtt_ms = probed[peer]
+            self._addresses[peer] = tuple(Address(address) for address in record.addresses)
+            views.append(
+                HostView(
+                    peer=peer,
+                    start=record.start,
+                    end=record.end,
+                    rtt_ms=rtt_ms,
+                    queue_ms=status.queue * status.block_ms * (record.end - record.start),
+                    block_ms=status.block_ms,
+                    max_blocks=status.kv_free // max(1, status.kv_token_bytes * max_length * batch),
+                )
+            )
+        return views
+
+    async def connect(self, peer: PeerId, *, timeout: float) -> Connection:
+        return await self._node.links.connect(peer, self._addresses.get(peer, ()), timeout=timeout)
+
+    def report_failure(self, peer: PeerId, error: SwarmError) -> None:
+        self._node.nursery.start_soon(self._node.scout.report_failure, peer, self._model)
+
+
+class Bridge:
+    """A `BlockingSession` for code outside the trio loop: each call crosses into it and back."""
+
+    def __init__(self, session: SteppedSession, token: trio.lowlevel.TrioToken, close: Callable[[], None]) -> None:
+        self._session = session
+        self._token = token
+        self._close = close
+
+    @property
+    def position(self) -> int:
+        return self._session.position
+
+    def step(
+        self, hidden: torch.Tensor, *, position: int, padding: tuple[int, ...] = (), hypo_ids: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        step = functools.partial(self._session.step, hidden, position=position, padding=padding, hypo_ids=hypo_ids)
+        return trio.from_thread.run(step, trio_token=self._token)
+
+    def close(self) -> None:
+        self._close()
+
+
+class SteppedSession(Protocol):
+    """What a bridge drives: `routing.session.Session`, or the growing session of a conversation."""
+
+    @property
+    def position(self) -> int: ...
+
+    async def step(
+        self, hidden: torch.Tensor, *, position: int, padding: tuple[int, ...], hypo_ids: tuple[int, ...]
+    ) -> torch.Tensor: ...
+
+
+class GrowingSession:
+    """A routing session that reserves a modest length first and moves to a longer one when a conversation outgrows it.
+
+    Moving replays what was said into the longer reservation: the tokens stay the same. `stop` interrupts a step.
+    """
+
+    def __init__(self, open_at: Callable[[int], AbstractAsyncContextManager[Session]], length: int, limit: int) -> None:
+        self._open_at = open_at
+        self._length = length
+        self._limit = limit
+        self._stack = AsyncExitStack()
+        self._scope: trio.CancelScope | None = None
+        self._stopped = False
+        self.current: Session | None = None
+        self.failovers_before = 0
+
+    async def open(self) -> None:
+        self.current = await self._stack.enter_async_context(self._open_at(self._length))
+
+    async def aclose(self) -> None:
+        await self._stack.aclose()
+
+    @property
+    def session(self) -> Session:
+        if self.current is None:
+            raise Closed("the session is closed")
+        return self.current
+
+    @property
+    def position(self) -> int:
+        return self.session.position
+
+    @property
+    def failovers(self) -> int:
+        return self.failovers_before + self.session.failovers
+
+    def restart(self) -> None:
+        self._stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    async def step(
+        self, hidden: torch.Tensor, *, position: int, padding: tuple[int, ...] = (), hypo_ids: tuple[int, ...] = ()
+    ) -> torch.Tensor:
+        if not self._stopped:
+            with trio.CancelScope() as self._scope:
+                if position + hidden.shape[1] > self._length:
+                    await self._grow(position, position + hidden.shape[1])
+                return await self.session.step(hidden, position=position, padding=padding, hypo_ids=hypo_ids)
+        raise Closed("the answer was stopped")
+
+    async def _grow(self, position: int, needed: int) -> None:
+        if needed > self._limit:
+            raise ContextTooLong(f"{needed} tokens are more than the {self._limit} of this session's context")
+        old = self.session
+        said = old.history(position)
+        self._length = min(self._limit, max(needed, 2 * self._length))
+        self.failovers_before += old.failovers
+        self.current = None
+        await self._stack.aclose()
+        self._stack = AsyncExitStack()
+        await self.open()
+        if said is not None:
+            await self.session.step(said, position=0, padding=(), hypo_ids=())
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """`tokens` are the generated ids; `seconds` the time from asking to the last of them, prefill included."""
+
+    text: str
+    tokens: list[int]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.tokens) / self.seconds if self.seconds > 0 else 0.0
+
+
+class Answer:
+    """An answer being written: iterate it for pieces of text. Leaving the iteration early stops it (`aclose`)."""
+
+    def __init__(self, pieces: trio.MemoryReceiveChannel[str], stop: Callable[[], Awaitable[None]]) -> None:
+        self._pieces = pieces
+        self._stop = stop
+        self.error: BaseException | None = None
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> str:
+        try:
+            return await self._pieces.receive()
+        except trio.EndOfChannel:
+            if self.error is not None:
+                error, self.error = self.error, None
+                raise error from None
+            raise StopAsyncIteration from None
+
+    async def aclose(self) -> None:
+        """Stop writing and wait until the session is at rest. The session stays usable."""
+        await self._stop()
+
+
+class NodeSession:
+    """One conversation. Made by `Node.session`; one answer at a time: a new one stops the one before."""
+
+    def __init__(self, node: Node, source: Source, growing: GrowingSession, text: TextSession) -> None:
+        self._node = node
+        self._source = source
+        self._growing = growing
+        self._text = text
+        self._at_rest = trio.Event()
+        self._at_rest.set()
+        self.last = GenerationResult("", [], 0.0)
+        self.answers = 0
+
+    def generate(
+        self, prompt: str | Sequence[int], *, max_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Answer:
+        """Continue `prompt` (text or token ids) as it is. Greedy at temperature 0."""
+        return self._start(self._text.generate, prompt, max_tokens, temperature, seed)
+
+    def chat(
+        self, message: str, *, max_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0, seed: int | None = None
+    ) -> Answer:
+        """The next turn of the conversation, through the model's own chat template."""
+        return self._start(self._text.chat, message, max_tokens, temperature, seed)
+
+    def _start(
+        self, method: Callable[..., list[int]], prompt: Any, max_tokens: int, temperature: float, seed: int | None
+    ) -> Answer:
+        send, receive = trio.open_memory_channel[str](math.inf)
+        answer = Answer(receive, self._stop)
+        self._node.nursery.start_soon(self._write, answer, send, method, prompt, max_tokens, temperature, seed)
+        return answer
+
+    async def _write(
+        self, answer: Answer, pieces: trio.MemorySendChannel[str], method: Callable[..., list[int]], prompt: Any,
+        max_tokens: int, temperature: float, seed: int | None,
+    ) -> None:
+        await self._stop()
+        self._at_rest = trio.Event()
+        self._growing.restart()
+        decoder = StreamDecoder(self._text.tokenizer)
+        token = trio.lowlevel.current_trio_token()
+        written: list[str] = []
+        ids: list[int] = []
+
+        def put(piece: str) -> None:
+            if piece:
+                written.append(piece)
+                pieces.send_nowait(piece)
+
+        def on_token(one: int) -> None:
+            ids.append(one)
+            piece = decoder.push(one)
+            token.run_sync_soon(put, piece)
+
+        work = functools.partial(
+            method, prompt, max_new_tokens=max_tokens, temperature=temperature, seed=seed, on_token=on_token,
+            should_stop=lambda: self._growing.stopped,
+        )
+        started = time.perf_counter()
+        try:
+            await trio.to_thread.run_sync(work)
+        except Closed as error:
+            if not self._growing.stopped:
+                answer.error = error
+        except Exception as error:
+            answer.error = error
+        finally:
+            seconds = time.perf_counter() - started
+            put(decoder.flush())
+            self.last = GenerationResult("".join(written), ids, seconds)
+            self.answers += 1
+            pieces.close()
+            self._at_rest.set()
+
+    async def _stop(self) -> None:
+        if not self._at_rest.is_set():
+            self._growing.stop()
+            await self._at_rest.wait()
+
+    async def reset(self) -> None:
+        """Forget the conversation; the route and the reserved memory stay."""
+        await self._stop()
+        self._text.reset()
+
+    def route(self) -> list[Any]:
+        """The hosts in order: peer, start, end, ms (smoothed round trip of a step)."""
+        return list(self._growing.session.route)
+
+    @property
+    def failovers(self) -> int:
+        return self._growing.failovers
+
+    def stats(self) -> dict[str, float | int | str]:
+        return {
+            "model": self._source.name,
+            "tokens held": self._growing.position,
+            "answers": self.answers,
+            "tokens of the last answer": len(self.last.tokens),
+            "tokens per second": round(self.last.tokens_per_second, 2),
+            "failovers": self.failovers,
+        }
+
+
+@asynccontextmanager
+async def open_node_session(
+    node: Node, model: str, *, max_length: int | None, dtype: str | None, on_event: OnEvent | None
+) -> AsyncIterator[NodeSession]:
+    source = await node.source(model)
+    limit = min(max_length or source.context_length, source.context_length)
+    if max_length is not None and max_length > source.context_length:
+        raise ContextTooLong(f"{max_length} tokens are more than the {source.context_length} of {model}'s context")
+    view = SwarmView(node, source.name)
+    growing = GrowingSession(
+        lambda length: open_session(
+            view,
+            model=source.name,
+            fingerprint=source.fingerprint,
+            blocks=source.num_blocks,
+            max_length=length,
+            on_event=on_event,
+        ),
+        length=max_length or min(DEFAULT_LENGTH, limit),
+        limit=limit,
+    )
+    client, tokenizer = await node.client_model(model, dtype)
+    token = trio.lowlevel.current_trio_token()
+    await growing.open()
+    text = TextSession(
+        client, tokenizer, Bridge(growing, token, lambda: None), context_length=source.context_length, max_length=limit
+    )
+    session = NodeSession(node, source, growing, text)
+    try:
+        yield session
+    finally:
+        with trio.CancelScope(shield=True):
+            await session._stop()
+            await growing.aclose()
