@@ -38,11 +38,11 @@ class Actor(Generic[A]):
     """State, a mailbox and a lifetime of its own. A is its role: the receiver that its message types name."""
 
     mailbox_size: int = 64  # requests waiting; beyond it local senders wait and the wire answers `Busy`
-    _handlers: ClassVar[dict[type[Any], Callable[[Any, Any], Awaitable[Any]]]] = {}
+    _handlers: ClassVar[dict[type[Any], str]] = {}  # method names, so that a subclass may override the method
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        own = {m.__handles__: m for m in vars(cls).values() if hasattr(m, "__handles__")}
+        own = {method.__handles__: name for name, method in vars(cls).items() if hasattr(method, "__handles__")}
         cls._handlers = cls._handlers | own
 
     async def started(self) -> None:
@@ -66,13 +66,13 @@ class Actor(Generic[A]):
     async def handle(self, request: Request) -> None:
         """Answer one request by its handler. A `SwarmError` goes to the caller; any other exception is a crash."""
         message = request.message
-        handler = self._handlers.get(type(message))
-        if handler is None:
+        method = self._handlers.get(type(message))
+        if method is None:
             request.fail(ProtocolError(f"{type(self).__name__} does not handle {type(message).__name__}"))
             return
         with request.work() as scope:
             try:
-                request.answer(await handler(self, message))
+                request.answer(await getattr(self, method)(message))
             except Exception as error:
                 said = sole_error(error)
                 if not isinstance(said, SwarmError):

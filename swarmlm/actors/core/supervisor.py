@@ -43,6 +43,8 @@ class _Child(Generic[A]):
 
     async def live(self, task_status: trio.TaskStatus[Ref[A]]) -> None:
         """One life of the actor, from `started` to `stopped`."""
+        if self.ready:
+            self.actor = self.factory()
         try:
             await self.actor.started()
             if not self.ready:
@@ -104,7 +106,7 @@ class Supervisor:
         try:
             with child.scope:
                 while await self._live_once(child, task_status):
-                    child.actor = child.factory()
+                    pass
         except Exception as error:
             if not child.ready:
                 raise
@@ -136,7 +138,7 @@ class Supervisor:
         return True
 
     def _give_up(self, child: _Child[Any], error: Exception) -> None:
-        if self._ending or self.failure is not None:
+        if self._ending or child.scope.cancel_called:
             return
         times = f"after {len(self._restarts)} restarts within {self._within:g} s"
         self.failure = ActorCrashed(f"{child.name} crashed {times} ({type(sole_error(error)).__name__}): {error}")
