@@ -7,7 +7,7 @@ Every method may be called from any thread but the portal's own. A bridge costs 
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -99,3 +99,52 @@ class Portal:
         if self._thread.is_alive() and self._token is not None and self._stop is not None:
             self._token.run_sync_soon(self._stop.set)
         self._thread.join()
+
+
+class Client:
+    """A blocking handle on a swarm for plain scripts and notebooks. Made by `connect`."""
+
+    def __init__(self, peers: Sequence[str]) -> None:
+        from swarmlm.node import open_node
+
+        self._portal = Portal()
+        try:
+            self._node = self._portal.enter(open_node(peers))
+        except BaseException:
+            self._portal.close()
+            raise
+
+    def generate(self, model: str, prompt: str, **options: Any) -> Iterator[str]:
+        """Continue `prompt` piece by piece; options as `NodeSession.generate`."""
+        session = self._portal.enter(self._node.session(model))
+
+        async def begin() -> Any:
+            return session.generate(prompt, **options)
+
+        try:
+            answer = self._portal.call(begin)
+            while True:
+                try:
+                    yield self._portal.call(answer.receive)
+                except EOFError:
+                    return
+        finally:
+            self._portal.leave(session)
+
+    def close(self) -> None:
+        self._portal.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def connect(peers: Sequence[str]) -> Client:
+    """Join the swarm of `peers` from blocking code:
+
+    for text in swarmlm.connect(PEERS).generate("smollm2", "Hello"):
+        print(text, end="")
+    """
+    return Client(peers)

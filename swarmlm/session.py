@@ -214,12 +214,19 @@ class Answer:
 
     async def __anext__(self) -> str:
         try:
+            return await self.receive()
+        except EOFError:
+            raise StopAsyncIteration from None
+
+    async def receive(self) -> str:
+        """The next piece; `EOFError` at the end. For callers that cannot see a StopAsyncIteration pass a thread."""
+        try:
             return await self._pieces.receive()
         except trio.EndOfChannel:
             if self.error is not None:
                 error, self.error = self.error, None
                 raise error from None
-            raise StopAsyncIteration from None
+            raise EOFError from None
 
     async def aclose(self) -> None:
         """Stop writing and wait until the session is at rest. The session stays usable."""

@@ -18,7 +18,7 @@ import trio
 
 from swarmlm.actors.core import Actor, Inbox, Message, Request
 from swarmlm.actors.core.message import Body, Ok
-from swarmlm.errors import BadStep, StaleEpoch, SwarmError, UnknownSession
+from swarmlm.errors import BadStep, Busy, StaleEpoch, SwarmError, UnknownSession
 from swarmlm.kernels.kv_pool import KVPool
 from swarmlm.kernels.wire import from_wire, to_wire
 from swarmlm.models.span import Span, SpanCache, SpanJob
@@ -28,6 +28,7 @@ log = logging.getLogger("swarmlm.batcher")
 
 IDLE_SECONDS = 600.0  # a client that says nothing for ten minutes has gone; its memory is wanted
 MAX_ROWS = 64  # rows of one decode batch: past this a step gets slower than people read
+MAX_WAITING = 1024  # steps taken in and not yet computed: their hidden states stay in memory
 SWEEP_SECONDS = 5.0  # how often idle sessions are looked for
 SMOOTHING = 0.2  # weight of the newest measurement in the running means
 
@@ -68,7 +69,7 @@ class _Held:
 
 @dataclass
 class _Pending:
-    request: Request[BatcherRole]
+    request: Request
     step: Step
     job: SpanJob
     held: _Held
@@ -76,7 +77,7 @@ class _Pending:
 
 
 class Batcher(Actor[BatcherRole]):
-    mailbox_size = 1024  # steps waiting: more than that and the wire answers Busy
+    mailbox_size = 256  # taken in at once; what waits for the device is bounded by MAX_WAITING
 
     def __init__(self, span: Span, pool: KVPool, *, block_ms: float = 1.0, idle_seconds: float = IDLE_SECONDS) -> None:
         self._span = span
@@ -120,10 +121,12 @@ class Batcher(Actor[BatcherRole]):
 
     # ---- taking requests in ------------------------------------------------------------------------------------
 
-    def _take(self, request: Request[BatcherRole]) -> None:
+    def _take(self, request: Request) -> None:
         message = request.message
         try:
             if isinstance(message, Step):
+                if len(self._waiting) >= MAX_WAITING:
+                    raise Busy(f"{MAX_WAITING} steps are waiting for this device", waiting=MAX_WAITING)
                 self._waiting.append(self._admit(request, message))
             elif isinstance(message, Reserve):
                 request.answer(self._reserve(message))
@@ -137,7 +140,7 @@ class Batcher(Actor[BatcherRole]):
         except SwarmError as error:
             request.fail(error)
 
-    def _admit(self, request: Request[BatcherRole], step: Step) -> _Pending:
+    def _admit(self, request: Request, step: Step) -> _Pending:
         held = self._sessions.get(step.session)
         if held is None:
             raise UnknownSession("this host holds no such session (it expired, was closed, or the host restarted)")

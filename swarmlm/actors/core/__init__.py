@@ -44,11 +44,11 @@ goes away takes its work with it. Errors are those of `swarmlm.errors`.
 """
 
 from swarmlm.actors.core.actor import Actor, handles
+from swarmlm.actors.core.link import Link, MemoryLink, memory_links
 from swarmlm.actors.core.mailbox import Inbox, Mailbox, Request
-from swarmlm.actors.core.memory_link import MemoryLink, memory_links
 from swarmlm.actors.core.message import Blob, Body, Message, Ok
 from swarmlm.actors.core.ref import Ref
-from swarmlm.actors.core.remote import Connection, Link, serve
+from swarmlm.actors.core.remote import Connection, serve
 from swarmlm.actors.core.supervisor import Supervisor, open_supervisor
 
 __all__ = [

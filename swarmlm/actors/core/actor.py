@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from swarmlm.actors.core.mailbox import Inbox, Request
 from swarmlm.actors.core.message import Message
-from swarmlm.errors import ActorCrashed, DeadlineExceeded, ProtocolError, SwarmError
+from swarmlm.errors import DeadlineExceeded, ProtocolError, SwarmError
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -70,19 +70,20 @@ class Actor(Generic[A]):
         if method is None:
             request.fail(ProtocolError(f"{type(self).__name__} does not handle {type(message).__name__}"))
             return
-        with request.work() as scope:
-            try:
+        try:
+            with request.work() as scope:
                 request.answer(await getattr(self, method)(message))
-            except Exception as error:
-                said = sole_error(error)
-                if not isinstance(said, SwarmError):
-                    request.fail(crash(type(self).__name__, said))
-                    raise
-                if request.is_cast:
-                    log.warning("%s refused %s: %s", type(self).__name__, type(message).__name__, said)
+        except Exception as error:
+            said = sole_error(error)
+            if not isinstance(said, SwarmError):
                 request.fail(said)
-        if scope.cancelled_caught:
-            request.fail(DeadlineExceeded(f"{type(message).__name__} was cancelled at its deadline"))
+                raise
+            if request.is_cast:
+                log.warning("%s refused %s: %s", type(self).__name__, type(message).__name__, said)
+            request.fail(said)
+        else:
+            if scope.cancelled_caught:
+                request.fail(DeadlineExceeded(f"{type(message).__name__} was cancelled at its deadline"))
 
 
 def sole_error(error: Exception) -> Exception:
@@ -90,8 +91,3 @@ def sole_error(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
-
-
-def crash(name: str, error: Exception) -> ActorCrashed:
-    """What a caller hears of a crash: the kind of the exception, whose text may be private, stays in the log."""
-    return ActorCrashed(f"{name} crashed ({type(error).__name__}); its log tells more")

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import trio
 
 from swarmlm.actors.core.message import Message
 from swarmlm.actors.core.promise import Promise
-from swarmlm.errors import Busy, Closed, DeadlineExceeded, SwarmError
+from swarmlm.errors import ActorCrashed, Busy, Closed, DeadlineExceeded, SwarmError
 
 A = TypeVar("A")
 
@@ -59,9 +58,14 @@ class Request:
             self._promise.set_value(value)
         self._leave()
 
-    def fail(self, error: BaseException) -> None:
-        """Settle with an error, raised at the caller. Ignored if already settled or abandoned."""
+    def fail(self, error: Exception) -> None:
+        """Settle with an error, raised at the caller: a `SwarmError` unchanged, any other as `ActorCrashed`.
+
+        Ignored if already settled or abandoned.
+        """
         if self._promise is not None:
+            if not isinstance(error, SwarmError):
+                error = crash(self._mailbox.name if self._mailbox is not None else "actor", error)
             self._promise.set_error(error)
         self._leave()
 
@@ -147,10 +151,10 @@ class Mailbox(Generic[A]):
             del self._waiting[request]
             self._room.release()
 
-    def fail_taken(self, error: Callable[[], SwarmError]) -> None:
+    def fail_taken(self, error: Exception) -> None:
         """The actor crashed: whoever it had taken a request from hears so. Waiting requests stay for its successor."""
         for request in list(self._taken):
-            request.fail(error())
+            request.fail(error)
 
     def close(self) -> None:
         """The actor is gone for good: every caller, waiting or taken, gets `Closed`, now and from here on."""
@@ -195,3 +199,10 @@ class Inbox(Generic[A]):
     def take_nowait(self, limit: int) -> list[Request]:
         """Up to `limit` more requests that are waiting already, oldest first; none is fine. For batching."""
         return self._mailbox.take_nowait(limit)
+
+
+def crash(name: str, error: Exception) -> ActorCrashed:
+    """What a caller hears of a bug: the kind of the exception. Its text may be private and stays in the log."""
+    crashed = ActorCrashed(f"{name} crashed ({type(error).__name__}); its log tells more")
+    crashed.__cause__ = error
+    return crashed

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from swarmlm.actors.core.actor import Actor, crash, sole_error
+from swarmlm.actors.core.actor import Actor, sole_error
 from swarmlm.actors.core.mailbox import Inbox, Mailbox
 from swarmlm.actors.core.ref import LocalRef, Ref
 from swarmlm.errors import ActorCrashed, Closed
@@ -41,7 +41,7 @@ class _Child(Generic[A]):
         self.finished = trio.Event()
         self.ready = False
 
-    async def live(self, task_status: trio.TaskStatus[Ref[A]]) -> None:
+    async def live(self, task_status: Any) -> None:
         """One life of the actor, from `started` to `stopped`."""
         if self.ready:
             self.actor = self.factory()
@@ -52,11 +52,10 @@ class _Child(Generic[A]):
                 task_status.started(self.ref)
             await self.actor.run(Inbox(self.mailbox))
         except Exception as error:
-            cause = sole_error(error)
-            self.mailbox.fail_taken(lambda: crash(self.name, cause))
+            self.mailbox.fail_taken(sole_error(error))
             raise
         finally:
-            with trio.move_on_after(STOP_GRACE, shield=True) as grace:
+            with trio.CancelScope(deadline=trio.current_time() + STOP_GRACE, shield=True) as grace:
                 try:
                     await self.actor.stopped()
                 except Exception:
@@ -101,7 +100,7 @@ class Supervisor:
         for ref in reversed(list(self._children)):
             await self.stop(ref)
 
-    async def _keep(self, child: _Child[A], *, task_status: trio.TaskStatus[Ref[A]]) -> None:
+    async def _keep(self, child: _Child[A], *, task_status: Any) -> None:
         self._children[child.ref] = child
         try:
             with child.scope:
@@ -109,7 +108,7 @@ class Supervisor:
                     pass
         except Exception as error:
             if not child.ready:
-                raise
+                raise sole_error(error) from None
             log.error("actor %s crashed for good", child.name, exc_info=error)
             self._give_up(child, error)
         finally:
@@ -117,7 +116,7 @@ class Supervisor:
             del self._children[child.ref]
             child.finished.set()
 
-    async def _live_once(self, child: _Child[A], task_status: trio.TaskStatus[Ref[A]]) -> bool:
+    async def _live_once(self, child: _Child[A], task_status: Any) -> bool:
         """One life; True if it ended in a crash that a restart may mend."""
         try:
             await child.live(task_status)

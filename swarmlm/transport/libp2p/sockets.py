@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections import deque
-from typing import Any
+from contextlib import suppress
 
 import trio
 from libp2p.io.abc import ReadWriteCloser
@@ -35,13 +35,12 @@ class TcpStream(ReadWriteCloser):  # type: ignore[misc]
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
+        self._fd = sock.fileno()
         self._nursery = nursery
         self._peer: tuple[str, int] | None = None
-        try:
+        with suppress(OSError):  # already reset: the first read says so
             host, port = sock.getpeername()[:2]
             self._peer = (str(host), int(port))
-        except OSError:
-            pass  # already reset: the first read says so
         self._buffer = memoryview(b"")
         self._queue: deque[memoryview] = deque()
         self._queued = 0
@@ -53,7 +52,7 @@ class TcpStream(ReadWriteCloser):  # type: ignore[misc]
         return self._peer
 
     async def write(self, data: bytes) -> None:
-        """Send or queue all of `data` before anything can be cancelled; then wait while the queue is long."""
+        """Send or queue all of `data`, without ever suspending. Raises `ConnectionClosedError`."""
         if self._closed:
             raise ConnectionClosedError("the connection is closed", transport="tcp")
         rest = memoryview(data)
@@ -71,30 +70,32 @@ class TcpStream(ReadWriteCloser):  # type: ignore[misc]
             if not self._flushing:
                 self._flushing = True
                 self._nursery.start_soon(self._flush)
+
+    async def drained(self) -> None:
+        """Wait while the queue is long. Frames that answer the peer never wait: two full queues would deadlock."""
         while self._queued > QUEUE_BYTES and not self._closed:
             await self._moved.wait()
 
     async def _flush(self) -> None:
-        try:
-            while self._queue and not self._closed:
+        while self._queue and not self._closed:
+            try:
                 with trio.move_on_after(STALL_SECONDS) as stall:
-                    await trio.lowlevel.wait_writable(self._sock)
+                    await trio.lowlevel.wait_writable(self._fd)
                 if stall.cancelled_caught:
                     return self._break()
                 sent = self._sock.sendmsg([self._queue[i] for i in range(min(len(self._queue), MAX_BUFFERS))])
-                self._queued -= sent
-                while sent:
-                    head = self._queue.popleft()
-                    if sent < len(head):
-                        self._queue.appendleft(head[sent:])
-                        break
-                    sent -= len(head)
-                self._wake()
-        except BlockingIOError:
-            self._nursery.start_soon(self._flush)
-            return
-        except (OSError, trio.ClosedResourceError):
-            self._break()
+            except BlockingIOError:
+                continue
+            except (OSError, trio.ClosedResourceError):
+                return self._break()
+            self._queued -= sent
+            while sent:
+                head = self._queue.popleft()
+                if sent < len(head):
+                    self._queue.appendleft(head[sent:])
+                    break
+                sent -= len(head)
+            self._wake()
         self._flushing = False
 
     def _wake(self) -> None:
@@ -111,10 +112,8 @@ class TcpStream(ReadWriteCloser):  # type: ignore[misc]
             try:
                 data = self._sock.recv(READ_BYTES)
             except BlockingIOError:
-                try:
-                    await trio.lowlevel.wait_readable(self._sock)
-                except trio.ClosedResourceError:
-                    pass
+                with suppress(trio.ClosedResourceError):
+                    await trio.lowlevel.wait_readable(self._fd)
                 continue
             except OSError as error:
                 self._break()
@@ -134,13 +133,13 @@ class TcpStream(ReadWriteCloser):  # type: ignore[misc]
         self._closed = True
         self._queue.clear()
         self._queued = 0
-        trio.lowlevel.notify_closing(self._sock)
+        trio.lowlevel.notify_closing(self._fd)
         self._sock.close()
         self._wake()
 
     async def close(self) -> None:
         if self._queue and not self._closed:
-            with trio.move_on_after(DRAIN_SECONDS, shield=True):
+            with trio.CancelScope(deadline=trio.current_time() + DRAIN_SECONDS, shield=True):
                 while self._queue and not self._closed:
                     await self._moved.wait()
         self._break()
@@ -212,11 +211,10 @@ def local_addresses(sock: socket.socket) -> list[Address]:
 
 
 def _interface_addresses(family: int) -> list[str]:
-    import psutil
+    import psutil  # type: ignore[import-untyped,unused-ignore]
 
     found: list[str] = []
     for name, entries in sorted(psutil.net_if_addrs().items()):
-        entry: Any
         for entry in entries:
             if entry.family == family and name != "lo":
                 ip = ipaddress.ip_address(entry.address.split("%")[0])

@@ -1,17 +1,42 @@
-"""Two ends of a link inside one process, for embedding and for tests: envelopes are handed over, not encoded."""
+"""What a connection needs of a stream to another process, and two ends of one inside this process.
+
+The real link, framed messages over a transport's stream, is `swarmlm.transport.link`; an embedder may bring its own.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import trio
 
 from swarmlm.actors.core.message import Envelope
 from swarmlm.errors import Closed, ConnectionLost
 
-BUFFER = 16  # envelopes on their way in each direction before a sender waits
+BUFFER = 16  # envelopes on their way in each direction of a memory link before a sender waits
+
+
+class Link(Protocol):
+    """An ordered, reliable pipe of envelopes to one peer; one task sends, one receives.
+
+    A link may also have `bytes_received`, a growing int: then a large envelope that trickles in counts as being heard.
+    """
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end, for errors and logs."""
+
+    async def send(self, envelope: Envelope) -> None:
+        """Raises `ConnectionLost`, or `Closed` after our own `aclose`."""
+
+    async def receive(self) -> Envelope | None:
+        """The next envelope, None at a clean end. Raises `ProtocolError`, `ConnectionLost`, `Closed`."""
+
+    async def aclose(self) -> None:
+        """Close both directions. Idempotent, never raises."""
 
 
 class MemoryLink:
-    """A `Link` whose other end is in this process. Made in pairs by `memory_links`."""
+    """A link whose other end is in this process: envelopes are handed over, not encoded. See `memory_links`."""
 
     def __init__(
         self, peer: str, out: trio.MemorySendChannel[Envelope], into: trio.MemoryReceiveChannel[Envelope]
