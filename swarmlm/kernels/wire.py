@@ -34,7 +34,9 @@ def to_wire(tensor: torch.Tensor) -> Tensor:
     """
     name = _NAMES.get(tensor.dtype)
     if name is None:
-        raise BadStep(f"{str(tensor.dtype).removeprefix('torch.')} tensors do not travel: use float32, float16, bfloat16")
+        raise BadStep(
+            f"{str(tensor.dtype).removeprefix('torch.')} tensors do not travel: use float32, float16, bfloat16"
+        )
     if tensor.numel() == 0:
         return Tensor(name, tuple(tensor.shape), Blob(b""))
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -52,4 +52,3 @@ class RouteHop(NamedTuple):
     start: int
     end: int
     ms: float
-

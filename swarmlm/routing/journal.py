@@ -7,7 +7,7 @@ back is free, which an interrupted step needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,19 +16,22 @@ from swarmlm.errors import BadStep
 
 GROWTH = 2  # times the space when it runs out: each row is copied once on average
 
-
-class Mark(NamedTuple):
-    """A moment of a journal, see `Journal.mark`."""
-
-    position: int
-    reorders: tuple[Reorder, ...]
+Rows = tuple[int, ...]
 
 
 class Reorder(NamedTuple):
     """Row r of everything before `position` is, from then on, what row rows[r] was."""
 
     position: int
-    rows: tuple[int, ...]
+    rows: Rows
+
+
+class Mark(NamedTuple):
+    """A moment of a journal, see `Journal.mark`."""
+
+    position: int
+    reorders: tuple[Reorder, ...]
+    padding: Rows
 
 
 class Journal:
@@ -38,6 +41,7 @@ class Journal:
         self._max_length = max_length
         self._position = 0
         self._reorders: tuple[Reorder, ...] = ()
+        self._padding: Rows = ()
         self._space: torch.Tensor | None = None
 
     @property
@@ -45,7 +49,12 @@ class Journal:
         """Tokens recorded."""
         return self._position
 
-    def append(self, hidden: torch.Tensor) -> None:
+    @property
+    def padding(self) -> Rows:
+        """Left-pad tokens of each row, as last given; () if none were."""
+        return self._padding
+
+    def append(self, hidden: torch.Tensor, padding: Rows = ()) -> None:
         """Record a copy of `hidden` [batch, tokens, hidden] at the end. Raises `BadStep` if it does not fit the rest."""
         end = self._position + hidden.shape[1]
         if end > self._max_length:
@@ -53,6 +62,7 @@ class Journal:
         space = self._grown(hidden, end)
         space[:, self._position : end] = hidden
         self._position = end
+        self._padding = padding or self._padding
 
     def rollback(self, position: int) -> None:
         """Forget everything from `position` on. Reorders stay: they happened to what remains, too."""
@@ -60,18 +70,21 @@ class Journal:
             raise BadStep(f"cannot go back to position {position} of {self._position}")
         self._position = position
         self._reorders = _joined(one._replace(position=min(one.position, position)) for one in self._reorders)
+        if position == 0:
+            self._padding = ()
 
-    def reorder(self, rows: tuple[int, ...]) -> None:
+    def reorder(self, rows: Rows) -> None:
         """From now on row r is what row rows[r] was (the hosts' `hypo_ids`)."""
         self._reorders = _joined((*self._reorders, Reorder(self._position, rows)))
+        self._padding = taken(self._padding, rows)
 
     def mark(self) -> Mark:
         """This moment, for `restore`: it holds as long as nothing before its position is overwritten."""
-        return Mark(self._position, self._reorders)
+        return Mark(self._position, self._reorders, self._padding)
 
     def restore(self, mark: Mark) -> None:
         """Back to `mark`: what was appended or reordered since is forgotten."""
-        self._position, self._reorders = mark
+        self._position, self._reorders, self._padding = mark
 
     def rows(self, start: int, end: int) -> torch.Tensor:
         """Positions [start, end) in today's row order: [batch, end - start, hidden]; a view if nothing was reordered."""
@@ -90,16 +103,17 @@ class Journal:
         for start in range(0, self._position, size):
             yield start, self.rows(start, min(start + size, self._position))
 
-    def _stretches(self) -> Iterator[tuple[int, int, tuple[int, ...] | None]]:
-        """(start, end, row order) between reorders, last to first, yielded first to last."""
-        found: list[tuple[int, int, tuple[int, ...] | None]] = []
-        high, order = self._position, None
+    def _stretches(self) -> list[tuple[int, int, Rows | None]]:
+        """(start, end, row order) of the stretches between reorders; None is the order in which they are stored."""
+        found: list[tuple[int, int, Rows | None]] = []
+        high = self._position
+        order: Rows | None = None
         for one in reversed(self._reorders):
             found.append((one.position, high, order))
-            order = one.rows if order is None else tuple(one.rows[row] for row in order)
+            order = one.rows if order is None else taken(one.rows, order)
             high = one.position
         found.append((0, high, order))
-        yield from reversed(found)
+        return found[::-1]
 
     def _grown(self, hidden: torch.Tensor, end: int) -> torch.Tensor:
         space = self._space
@@ -116,13 +130,17 @@ class Journal:
         return space
 
 
-def _joined(reorders: Iterator[Reorder] | tuple[Reorder, ...]) -> tuple[Reorder, ...]:
+def taken(values: Rows, rows: Rows) -> Rows:
+    """`values` in the order `rows`; none stay none."""
+    return tuple(values[row] for row in rows) if values else ()
+
+
+def _joined(reorders: Iterable[Reorder]) -> tuple[Reorder, ...]:
     """Reorders at the same position in one; those of nothing dropped."""
     joined: list[Reorder] = []
     for one in reorders:
         if joined and joined[-1].position == one.position:
-            before = joined.pop().rows
-            one = Reorder(one.position, tuple(before[row] for row in one.rows))
+            one = Reorder(one.position, taken(joined.pop().rows, one.rows))
         if one.position > 0:
             joined.append(one)
     return tuple(joined)

@@ -182,7 +182,9 @@ def _no_memory(serving: Sequence[HostView], full: Sequence[Interval], start: int
     if roomiest is None or roomiest.kv_block_bytes == 0:
         return NoRoute(text, full=where)
     needed = roomiest.kv_block_bytes * max(
-        min(roomiest.end, high) - max(roomiest.start, low) for low, high in full if max(roomiest.start, low) < roomiest.end
+        min(roomiest.end, high) - max(roomiest.start, low)
+        for low, high in full
+        if max(roomiest.start, low) < roomiest.end
     )
     text += f": {needed:,} bytes are needed, at most {roomiest.kv_free:,} are free on one of them"
     return NoRoute(text, full=where, needed=needed, free=roomiest.kv_free)

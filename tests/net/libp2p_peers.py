@@ -13,10 +13,11 @@ from subprocess import PIPE
 from typing import Any
 
 import trio
-from swarmlm.protocol import Address, HostRecord, PeerId, SignedRecord
 from swarmlm.transport.identity import Identity
-from swarmlm.transport.libp2p import open_kademlia, open_libp2p
 from swarmlm.transport.records import sign_record
+
+from swarmlm.protocol import Address, HostRecord, PeerId, SignedRecord
+from swarmlm.transport.libp2p import open_kademlia, open_libp2p
 
 START_SECONDS = 40.0  # importing libp2p on a machine that is busy with other tests
 ANSWER_SECONDS = 20.0  # for one command
@@ -40,7 +41,8 @@ def record_of(who: Identity, addresses: Any, sequence: int, model: str = MODEL, 
         issued=time.time(),
         lease=lease,
     )
-    return sign_record(record, who)
+    signed: SignedRecord = sign_record(record, who)
+    return signed
 
 
 class PeerProcess:
@@ -98,7 +100,7 @@ async def peer_process(seed: int, **options: Any) -> AsyncIterator[PeerProcess]:
 
 
 async def serve(stream: Any) -> None:
-    """The first byte says what: e(cho), s(ink: 8 bytes of length, then that much), f(lood), q(uit at once)."""
+    """The first byte says what: e(cho), s(ink: 8 bytes of length, then that much), f(lood), n(ever read), q(uit)."""
     data = bytes(await stream.receive())
     kind, data = data[:1], data[1:]
     if kind == b"e":
@@ -122,6 +124,8 @@ async def serve(stream: Any) -> None:
             await stream.send([bytes(16384)])
     elif kind == b"q":
         await stream.send([b"bye"])
+    elif kind == b"n":
+        await trio.sleep_forever()
     elif kind == b"x":
         raise ValueError("a bug in the handler")
 

@@ -8,10 +8,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
+
 from swarmlm.errors import ConfigError, Unavailable, Unreachable
 from swarmlm.protocol import Address, PeerId, SignedRecord, pack_signed, unpack_record
 from swarmlm.transport.libp2p import Kademlia, open_kademlia, open_libp2p
-
+from swarmlm.transport.libp2p.kademlia import value_key
 from tests.net.libp2p_peers import MODEL, PeerProcess, identity, peer_process, record_of
 
 MEMBERS = 5
@@ -34,10 +35,9 @@ async def swarm(seed: int) -> AsyncIterator[list[PeerProcess]]:
 
 @asynccontextmanager
 async def client(seed: int, seeds: Sequence[Address]) -> AsyncIterator[Kademlia]:
-    async with open_libp2p(identity(seed), listen=[]) as transport:
-        async with open_kademlia(transport, server=False) as kademlia:
-            await kademlia.bootstrap(seeds)
-            yield kademlia
+    async with open_libp2p(identity(seed), listen=[]) as transport, open_kademlia(transport, server=False) as kademlia:
+        await kademlia.bootstrap(seeds)
+        yield kademlia
 
 
 def sequences(found: Sequence[SignedRecord]) -> dict[str, int]:
@@ -119,12 +119,10 @@ async def test_forged_and_misplaced_records_are_not_stored() -> None:
             await kademlia._put(key.encode(), 1, value, stored)
             assert not any(stored), key
         await members[1].tell(sequence=6)
-        from swarmlm.transport.libp2p.kademlia import value_key
-
         stored = []
-        key = value_key(members[1].peer_id, MODEL).encode()
+        own_key = value_key(members[1].peer_id, MODEL).encode()
         for old in (forged, honest):
-            await kademlia._put(key, 100, pack_signed(old), stored)
+            await kademlia._put(own_key, 100, pack_signed(old), stored)
         assert not any(stored), "a forged or an older record replaces nothing"
         found, _ = await timed_find(kademlia, "after forgeries")
         assert found == {members[1].peer_id: 6}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
+
 from swarmlm.errors import Closed, ConfigError, ConnectionLost, Unavailable, Unreachable
 from swarmlm.protocol import Address
 from swarmlm.transport.base import Stream, Transport
-from swarmlm.transport.libp2p import open_libp2p
-
+from swarmlm.transport.libp2p import muxer, open_kademlia, open_libp2p
 from tests.net.libp2p_peers import PeerProcess, identity, peer_process, serve
 
 SECONDS = 5.0  # for anything that takes milliseconds when the machine is not busy
@@ -189,10 +191,10 @@ async def test_unreachable_says_why() -> None:
             await transport.open_stream(transport.peer_id, transport.addresses, timeout=SECONDS)
         with pytest.raises(Unreachable, match="peer id"):
             await transport.open_stream("0 is no base58", peer.addresses, timeout=SECONDS)  # type: ignore[arg-type]
-        silent = socket.create_server(("127.0.0.1", 0))
-        with silent, pytest.raises(Unreachable, match="timed out"):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
             where = Address(f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}")
-            await transport.open_stream(identity(177).peer_id, [where], timeout=0.5)
+            with pytest.raises(Unreachable, match="timed out"):
+                await transport.open_stream(identity(177).peer_id, [where], timeout=0.5)
         dead = Address("/ip4/127.0.0.1/tcp/1")
         stream = await transport.open_stream(peer.peer_id, [dead, *peer.addresses], timeout=SECONDS)
         await stream.aclose()
@@ -255,6 +257,45 @@ async def test_a_cancelled_receive_loses_nothing() -> None:
         assert received == payload
 
 
+async def test_both_directions_full_at_once() -> None:
+    async with pair(192) as (transport, peer):
+        stream = await open_to(transport, peer, b"e")
+        payload = os.urandom(32 * 1024 * 1024)
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.send, [payload])
+                assert await exactly(stream, len(payload)) == payload
+
+
+async def test_a_peer_that_does_not_read_holds_up_its_own_stream_only() -> None:
+    async with pair(193) as (transport, peer):
+        stuck = await open_to(transport, peer, b"n")
+        with trio.move_on_after(0.3) as waited:
+            await stuck.send([bytes(16 * 1024 * 1024)])
+        assert waited.cancelled_caught
+        with pytest.raises(ConnectionLost, match="half way"):
+            await stuck.send([b"the rest of the frame is missing"])
+        echo = await open_to(transport, peer, b"e")
+        await echo.send([b"meanwhile"])
+        with trio.fail_after(SECONDS):
+            assert await exactly(echo, 9) == b"meanwhile"
+
+
+async def test_a_peer_that_falls_silent_is_lost_and_an_idle_one_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muxer, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(muxer, "DEAD_SECONDS", 1.0)
+    async with pair(194) as (transport, peer):
+        stream = await open_to(transport, peer, b"e")
+        with trio.move_on_after(2.0) as idle:
+            await stream.receive()
+        assert idle.cancelled_caught
+        peer.stop()
+        started = time.perf_counter()
+        with trio.fail_after(SECONDS), pytest.raises(ConnectionLost):
+            await stream.receive()
+        assert 0.5 < time.perf_counter() - started < 2.5
+
+
 async def test_garbage_does_no_harm() -> None:
     async with pair(200) as (transport, peer):
         port = int(peer.addresses[0].split("/")[4])
@@ -299,6 +340,17 @@ async def test_silent_strangers_do_not_lock_newcomers_out() -> None:
         finally:
             for stranger in strangers:
                 await stranger.aclose()
+
+
+async def test_an_error_in_the_block_comes_out_as_it_is() -> None:
+    with pytest.raises(KeyError):
+        async with open_libp2p(identity(215)) as transport, open_kademlia(transport, server=True):
+            raise KeyError("mine")
+
+
+def test_importing_the_package_does_not_import_libp2p() -> None:
+    check = "import sys, swarmlm.transport, swarmlm.transport.libp2p; sys.exit('libp2p' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0
 
 
 async def test_leaving_closes_every_stream() -> None:

@@ -5,7 +5,9 @@
             await kademlia.bootstrap(seeds)
 
     sockets.py   TCP below libp2p: cancel-safe writes, buffered reads, bounded accepting
-    muxer.py     yamux streams over one secured connection
+    yamux.py     the numbers of the yamux protocol
+    stream.py    one stream: flow control, ends
+    muxer.py     many streams over one secured connection
     network.py   the swarm: dialling, accepting, handshakes with deadlines
     host.py      `Transport` and `Stream` of transport.base on top of it
     walk.py      one Kademlia lookup: parallel, with a deadline for every question

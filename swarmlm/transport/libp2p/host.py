@@ -7,8 +7,8 @@ async with open_libp2p(identity, listen=["/ip4/0.0.0.0/tcp/4001"]) as transport:
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -22,9 +22,9 @@ from multiaddr import Multiaddr
 from swarmlm.errors import Closed, ConfigError, ConnectionLost, Unavailable, Unreachable
 from swarmlm.protocol import PROTOCOL, Address, PeerId
 from swarmlm.transport.base import Handler
-from swarmlm.transport.libp2p.muxer import MuxedStream
 from swarmlm.transport.libp2p.network import DialFailed, Network, quieten
 from swarmlm.transport.libp2p.sockets import bind, local_addresses
+from swarmlm.transport.libp2p.stream import MuxedStream
 
 if TYPE_CHECKING:
     from swarmlm.transport.identity import Identity
@@ -150,9 +150,10 @@ class Libp2pTransport:
     async def _serve(self, handler: Handler, stream: Libp2pStream) -> None:
         try:
             await handler(stream)
-        except Unavailable as error:
-            log.debug("a stream ended: %s", error)
-        except Exception as error:
+        except Exception as raised:
+            error = only(raised)
+            if isinstance(error, Unavailable):
+                return log.debug("a stream ended: %s", error)
             log.error("the handler of a stream from %s failed: %r", _short(stream.peer), error)
             log.debug("its traceback", exc_info=True)
         finally:
@@ -181,6 +182,25 @@ def _short(peer: str) -> str:
     return f"{peer[:6]}..{peer[-6:]}" if len(peer) > 16 else peer
 
 
+def only(error: BaseException) -> BaseException:
+    """What a nursery has wrapped into groups of one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """The body's own exception comes out of the nurseries around it as it was raised."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error = only(group)
+        if error is group:
+            raise
+        raise error from error.__cause__
+
+
 @asynccontextmanager
 async def open_libp2p(
     identity: Identity, *, listen: Sequence[Address] = (Address("/ip4/127.0.0.1/tcp/0"),)
@@ -200,21 +220,22 @@ async def open_libp2p(
             sock.close()
         raise
     bound = [address for sock in sockets for address in local_addresses(sock)]
-    async with trio.open_nursery() as nursery:
-        network = Network(keys, nursery)
-        peer_id = PeerId(str(network.self_id))
-        assert peer_id == identity.peer_id, "the identity's peer id is not that of its seed"
-        host = _Host(network, nursery, [Multiaddr(address) for address in bound])
-        transport = Libp2pTransport(peer_id, [Address(f"{each}/p2p/{peer_id}") for each in bound], host, nursery)
-        async with host.run(listen_addrs=[]):
-            for sock in sockets:
-                nursery.start_soon(network.accept, sock)
-            try:
-                yield transport
-            finally:
-                with trio.CancelScope(deadline=trio.current_time() + CLOSE_SECONDS, shield=True):
-                    async with trio.open_nursery() as closing:
-                        for connections in list(network.connections.values()):
-                            for connection in list(connections):
-                                closing.start_soon(connection.close)
-                nursery.cancel_scope.cancel()
+    with unwrapped():
+        async with trio.open_nursery() as nursery:
+            network = Network(keys, nursery)
+            peer_id = PeerId(str(network.self_id))
+            assert peer_id == identity.peer_id, "the identity's peer id is not that of its seed"
+            host = _Host(network, nursery, [Multiaddr(address) for address in bound])
+            transport = Libp2pTransport(peer_id, [Address(f"{each}/p2p/{peer_id}") for each in bound], host, nursery)
+            async with host.run(listen_addrs=[]):
+                for sock in sockets:
+                    nursery.start_soon(network.accept, sock)
+                try:
+                    yield transport
+                finally:
+                    with trio.CancelScope(deadline=trio.current_time() + CLOSE_SECONDS, shield=True):
+                        async with trio.open_nursery() as closing:
+                            for connections in list(network.connections.values()):
+                                for connection in list(connections):
+                                    closing.start_soon(connection.close)
+            nursery.cancel_scope.cancel()

@@ -28,7 +28,7 @@ from multiaddr import Multiaddr
 from swarmlm.errors import ConfigError, ProtocolError, Unavailable, Unreachable
 from swarmlm.protocol import Address, HostRecord, SignedRecord, pack_signed, unpack_record, unpack_signed
 from swarmlm.transport.base import peer_of
-from swarmlm.transport.libp2p.host import Libp2pTransport
+from swarmlm.transport.libp2p.host import Libp2pTransport, unwrapped
 from swarmlm.transport.libp2p.network import DialFailed
 from swarmlm.transport.libp2p.walk import CLOSEST, Walker
 from swarmlm.transport.records import open_record
@@ -292,7 +292,8 @@ def _received(record: Any) -> Any:
 async def open_kademlia(transport: Libp2pTransport, *, server: bool) -> AsyncIterator[Kademlia]:
     """The table of a node. A server stores and answers for others; a client only asks."""
     kademlia = Kademlia(transport, server=server)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(kademlia.keep_up)
-        yield kademlia
-        nursery.cancel_scope.cancel()
+    with unwrapped():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kademlia.keep_up)
+            yield kademlia
+            nursery.cancel_scope.cancel()

@@ -20,6 +20,7 @@ from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as new_noise_key
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import BaseLibp2pError
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
@@ -34,13 +35,14 @@ from multiaddr import Multiaddr
 
 from swarmlm.errors import ConfigError
 from swarmlm.protocol import Address
-from swarmlm.transport.libp2p.muxer import MuxedStream, Muxer
+from swarmlm.transport.libp2p.muxer import Muxer
 from swarmlm.transport.libp2p.sockets import TcpStream, connect, endpoint
+from swarmlm.transport.libp2p.stream import MuxedStream
+from swarmlm.transport.libp2p.yamux import PROTOCOL as YAMUX
 
 log = logging.getLogger(__name__)
 
 MULTISTREAM = "/multistream/1.0.0"
-YAMUX = TProtocol("/yamux/1.0.0")
 
 HANDSHAKE_SECONDS = 5.0  # three round trips and two key exchanges: 20 ms here, under 2 s across the world
 MAX_HANDSHAKES = 64  # strangers in a handshake at once: what a small machine can verify in a second or two
@@ -79,6 +81,13 @@ class _Upgrader(TransportUpgrader):  # type: ignore[misc]
         return Muxer(conn, peer_id)
 
 
+class _NoAutoConnector(AutoConnector):  # type: ignore[misc]
+    """The stock one dials every peer it has heard of, up to half of `MAX_CONNECTIONS`."""
+
+    async def start(self) -> None:
+        return None
+
+
 class Network(Swarm):  # type: ignore[misc]
     """`nursery` outlives the network and owns its sockets."""
 
@@ -89,7 +98,9 @@ class Network(Swarm):  # type: ignore[misc]
         super().__init__(
             peer,
             peerstore,
-            _Upgrader({NOISE: NoiseTransport(keys, noise_privkey=new_noise_key().private_key)}, {YAMUX: Muxer}),
+            _Upgrader(
+                {NOISE: NoiseTransport(keys, noise_privkey=new_noise_key().private_key)}, {TProtocol(YAMUX): Muxer}
+            ),
             transports=[],
             retry_config=RetryConfig(max_retries=0),
             connection_config=ConnectionConfig(
@@ -102,6 +113,7 @@ class Network(Swarm):  # type: ignore[misc]
                 outbound_upgrade_timeout=HANDSHAKE_SECONDS,
             ),
         )
+        self.auto_connector = _NoAutoConnector(swarm=self)
         self._nursery = nursery
         self._greeting: dict[TcpStream, trio.CancelScope] = {}  # oldest first
         self._dials: dict[ID, trio.Lock] = {}

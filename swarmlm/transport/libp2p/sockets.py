@@ -22,7 +22,8 @@ from swarmlm.protocol import Address
 
 READ_BYTES = 256 * 1024  # bytes a read: one yamux window, so a burst costs one system call
 QUEUE_BYTES = 1024 * 1024  # bytes queued before writers wait: a few frames, so that latency stays low
-STALL_SECONDS = 10.0  # a peer that takes no byte for that long is gone; shorter than TCP's own 15 minutes
+MAX_QUEUE_BYTES = 96 * 1024 * 1024  # a peer that makes us answer but does not read; above one frame of every stream
+STALL_SECONDS = 20.0  # a peer that takes no byte for that long is gone; TCP itself would wait 15 minutes
 DRAIN_SECONDS = 0.5  # to hand the kernel what was sent before an orderly close
 BACKLOG = 1024  # connections the kernel keeps until we accept them
 MAX_BUFFERS = 64  # buffers a sendmsg; well below any IOV_MAX
@@ -33,12 +34,12 @@ class TcpStream(ReadWriteCloser):  # type: ignore[misc]
 
     def __init__(self, sock: socket.socket, nursery: trio.Nursery) -> None:
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock = sock
         self._fd = sock.fileno()
         self._nursery = nursery
         self._peer: tuple[str, int] | None = None
         with suppress(OSError):  # already reset: the first read says so
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             host, port = sock.getpeername()[:2]
             self._peer = (str(host), int(port))
         self._buffer = memoryview(b"")
@@ -65,6 +66,9 @@ class TcpStream(ReadWriteCloser):  # type: ignore[misc]
                 self._break()
                 raise ConnectionClosedError(f"connection lost: {error.strerror}", transport="tcp") from error
         if rest:
+            if self._queued > MAX_QUEUE_BYTES:
+                self._break()
+                raise ConnectionClosedError("the peer does not read", transport="tcp")
             self._queue.append(rest)
             self._queued += len(rest)
             if not self._flushing:

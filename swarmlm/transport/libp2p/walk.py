@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 import trio
-import varint
+import varint  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
 from libp2p.exceptions import BaseLibp2pError
 from libp2p.kad_dht.common import MAX_DHT_MESSAGE_SIZE
@@ -113,7 +113,8 @@ class Walker:
                     progress = trio.Event()
                     await progress.wait()
                 nursery.cancel_scope.cancel()
-        return sort_peer_ids_by_distance(key, list(answered))
+        nearest: list[ID] = sort_peer_ids_by_distance(key, list(answered))
+        return nearest
 
     def _worth(self, peer: ID) -> bool:
         until = self._suspects.get(peer)

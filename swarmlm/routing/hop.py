@@ -1,0 +1,164 @@
+"""One hop of a session: blocks [start, end) of it, held by one host, over a connection of its own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+
+import torch
+import trio
+
+from swarmlm.actors.core import Connection
+from swarmlm.errors import BadStep, Busy, RemoteFailure, StaleEpoch, SwarmError, UnknownSession, UsageError
+from swarmlm.kernels.wire import from_wire, to_wire
+from swarmlm.protocol import CloseSession, OpenSession, PeerId, SessionId, Step, StepDone
+from swarmlm.routing.base import SessionOptions, Swarm, Terms
+from swarmlm.routing.graph import PathHop, RouteHop
+from swarmlm.routing.journal import Journal, Rows
+
+BUSY_WAITS = (0.05, 0.2, 0.5, 1.0)  # seconds between tries at a host whose mailbox is full; then another host is better
+CLOSE_SECONDS = 1.0  # for a host to hear that we go; it would notice by itself
+SMOOTHING = 0.2  # weight of the newest round trip in the running mean
+
+
+class HopFailed(Exception):
+    """This hop cannot go on as it is. `rebuild`: the host is well, it only lost or disowned the session."""
+
+    def __init__(self, error: SwarmError, *, rebuild: bool = False) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.rebuild = rebuild
+
+
+class Hop:
+    """Made by `open_hop`. `held` is how many tokens the host's cache holds, None after a step that was not answered."""
+
+    def __init__(
+        self, place: PathHop, connection: Connection, session: SessionId, epoch: int, journal: Journal
+    ) -> None:
+        self.peer, self.start, self.end = place.peer, place.start, place.end
+        self.session = session
+        self.journal = journal
+        self.held: int | None = 0
+        self.failed: HopFailed | None = None
+        self._connection = connection
+        self._epoch = epoch
+        self._ms = 0.0
+        self._decodes = 0
+
+    def __repr__(self) -> str:
+        return f"<Hop {self.start}:{self.end} at {self.peer}>"
+
+    @property
+    def route(self) -> RouteHop:
+        return RouteHop(self.peer, self.start, self.end, self._ms)
+
+    async def step(
+        self, hidden: torch.Tensor, position: int, *, padding: Rows = (), hypo_ids: Rows = (), timeout: float
+    ) -> torch.Tensor:
+        """The span's output for `hidden` [batch, tokens, hidden], in the same shape and dtype.
+
+        Raises `HopFailed` when the hop is lost. `UsageError` and `BadStep` are the caller's fault, and the host is fine.
+        """
+        clean = self.held == position
+        message = Step(self.session, self._epoch, position, to_wire(hidden), padding=padding, hypo_ids=hypo_ids)
+        started = trio.current_time()
+        try:
+            done = await self._ask(message, timeout)
+            output = from_wire(done.hidden)
+            after = position + hidden.shape[1]
+            if output.shape != hidden.shape or done.position != after:
+                got = f"{tuple(output.shape)} at {done.position}"
+                raise RemoteFailure(f"{self.peer} answered with {got} instead of {tuple(hidden.shape)} at {after}")
+        except UsageError:
+            raise
+        except BadStep as error:
+            if clean:
+                raise
+            # A cache that cannot go back that far (recurrent layers) is filled anew; if the step is bad, it fails again.
+            raise HopFailed(error, rebuild=True) from error
+        except SwarmError as error:
+            raise HopFailed(error, rebuild=isinstance(error, UnknownSession | StaleEpoch)) from error
+        self.held = after
+        self._measure(hidden.shape[1], (trio.current_time() - started) * 1e3)
+        return output.to(hidden.dtype)
+
+    async def open(self, terms: Terms, epoch: int, *, timeout: float) -> None:
+        """Reserve memory, or empty what is there and fence the frames of before. Raises what the host answers."""
+        self.held, self._epoch = None, epoch
+        ask = OpenSession(
+            session=self.session,
+            model=terms.model,
+            fingerprint=terms.fingerprint,
+            start=self.start,
+            end=self.end,
+            max_length=terms.max_length,
+            batch=terms.batch,
+            epoch=epoch,
+        )
+        await self._connection.ref().call(ask, deadline=timeout)
+        self.held = 0
+
+    async def close(self) -> bool:
+        """Tell the host, within CLOSE_SECONDS, and close the connection. False if the host may not have heard."""
+        heard = False
+        with trio.CancelScope(shield=True), suppress(SwarmError):
+            await self._connection.ref().call(CloseSession(self.session), deadline=CLOSE_SECONDS)
+            heard = True
+        with trio.move_on_after(CLOSE_SECONDS, shield=True):
+            await self._connection.aclose()
+        return heard
+
+    async def _ask(self, message: Step, timeout: float) -> StepDone:
+        for wait in BUSY_WAITS:
+            held, self.held = self.held, None
+            try:
+                return await self._connection.ref().call(message, deadline=timeout)
+            except Busy:
+                self.held = held  # it was turned away at the door
+                await trio.sleep(wait)
+        self.held = None
+        return await self._connection.ref().call(message, deadline=timeout)
+
+    def _measure(self, tokens: int, ms: float) -> None:
+        if tokens == 1:
+            self._ms = ms if self._decodes == 0 else self._ms + SMOOTHING * (ms - self._ms)
+            self._decodes += 1
+        elif self._decodes == 0:
+            self._ms = ms
+
+
+async def open_hop(
+    swarm: Swarm, terms: Terms, place: PathHop, epoch: int, orphans: Iterable[SessionId], options: SessionOptions
+) -> Hop:
+    """Connect and reserve memory. `orphans` are sessions of ours that this host may still hold: they are closed first.
+
+    Raises `Unreachable`, what the host answers, or what became of the connection.
+    """
+    connection = await swarm.connect(place.peer, timeout=options.connect_timeout)
+    session: SessionId = secrets.token_bytes(16)
+    hop = Hop(place, connection, session, epoch, Journal(terms.max_length))
+    try:
+        for orphan in orphans:
+            await connection.ref().call(CloseSession(orphan), deadline=options.open_timeout)
+        await hop.open(terms, epoch, timeout=options.open_timeout)
+    except BaseException:
+        await hop.close()
+        raise
+    return hop
+
+
+async def close_hops(hops: Iterable[Hop]) -> list[Hop]:
+    """Close all at once, bounded, whatever happens. Returns those whose hosts may still hold the session."""
+    unheard: list[Hop] = []
+
+    async def close(hop: Hop) -> None:
+        if not await hop.close():
+            unheard.append(hop)
+
+    with trio.CancelScope(shield=True):
+        async with trio.open_nursery() as nursery:
+            for hop in hops:
+                nursery.start_soon(close, hop)
+    return unheard
