@@ -40,7 +40,7 @@ def to_wire(tensor: torch.Tensor) -> Tensor:
     if tensor.numel() == 0:
         return Tensor(name, tuple(tensor.shape), Blob(b""))
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return Tensor(name, tuple(tensor.shape), Blob(memoryview(flat.view(torch.uint8).numpy())))
+    return Tensor(name, tuple(tensor.shape), Blob(flat.view(torch.uint8).numpy().data))
 
 
 def from_wire(tensor: Tensor) -> torch.Tensor:

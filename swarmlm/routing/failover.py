@@ -79,8 +79,9 @@ class Recruiter:
     async def recruit(self, start: int, end: int, *, until: float, opening: bool = False) -> list[Hop]:
         """Open hops over blocks [start, end), looking again until the time `until` (trio's clock).
 
-        Opening a session, a refusal that a fresh look-up does not mend is raised at once: `PoolFull`, `ContextTooLong`,
-        `WrongModel`. In a failover everything is waited for. Raises `NoRoute` or the error of the last look-up.
+        Opening a session, a refusal that a fresh look-up does not mend is raised at once (`PoolFull`, `ContextTooLong`,
+        `WrongModel`), and in the end `NoRoute` or what the last look-up raised. In a failover everything is waited for,
+        and the end is `NoRoute`.
         """
         fresh = waiting = False
         while True:
@@ -88,8 +89,12 @@ class Recruiter:
                 return await self._try(start, end, fresh=fresh)
             except SwarmError as error:
                 final = opening and fresh and isinstance(error, UsageError | PoolFull | WrongModel)
-                if final or (fresh and trio.current_time() >= until):
+                late = fresh and trio.current_time() >= until
+                if final or (late and opening):
                     raise
+                if late:
+                    text = f"no host for blocks {start}:{end} within {self._options.patience:g} s: {error}"
+                    raise NoRoute(text, **({"missing": f"{start}:{end}"} | error.details)) from error
                 if fresh and not waiting and not opening:
                     waiting = True
                     text = f"waiting for a host for blocks {start}:{end}: {error}"
@@ -133,7 +138,11 @@ class Recruiter:
         end: int,
     ) -> list[PathHop]:
         now = trio.current_time()
-        known = [replace(view, max_blocks=min(view.max_blocks, room.get(view.peer, view.max_blocks))) for view in views]
+        known = [
+            replace(view, max_blocks=min(view.max_blocks, room.get(view.peer, view.max_blocks)))
+            for view in views
+            if isinstance(refusals.get(view.peer), PoolFull | None)
+        ]
         try:
             return plan([view for view in known if not self._suspects.avoided(view.peer, now)], start, end)
         except NoRoute:
@@ -152,17 +161,15 @@ class Recruiter:
 
         async def open_one(place: PathHop) -> None:
             orphans = self._orphans.pop(place.peer, [])
+            epoch = self.next_epoch()
             try:
-                opened[place] = await open_hop(
-                    self._swarm, self.terms, place, self.next_epoch(), orphans, self._options
-                )
-            except BaseException as error:
-                self._orphans[place.peer].extend(orphans)
-                if not isinstance(error, SwarmError):
-                    raise
+                opened[place] = await open_hop(self._swarm, self.terms, place, epoch, orphans, self._options)
+            except SwarmError as error:
                 failures.append((place, error))
                 if not isinstance(error, Refused | UsageError):
                     self.blame(place.peer, error)
+            finally:
+                self._orphans[place.peer].extend(orphans)
 
         async with trio.open_nursery() as nursery:
             for place in path:

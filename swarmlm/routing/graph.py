@@ -1,4 +1,4 @@
-"""The swarm as the planner sees it: pure data. A host is an edge that may be entered and left at any block it serves."""
+"""The swarm as the planner sees it: pure data. A host may be entered and left at any of its blocks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from swarmlm.protocol import PeerId
 class HostView:
     """One host as a candidate of one session. Times in milliseconds, for one token.
 
-    `max_blocks` is how many blocks of this session's KV fit into its free memory; `kv_free` and `kv_block_bytes` (bytes:
-    free there, and needed there for each block) only make the error of a full swarm more telling; 0 is unknown.
+    `max_blocks` is how many blocks of this session's KV fit into its free memory. `kv_free` and `kv_block_bytes` (free
+    there, needed there for a block) are bytes and only make the error of a full swarm more telling; 0 is unknown.
     """
 
     peer: PeerId
@@ -46,7 +46,7 @@ class PathHop:
 
 
 class RouteHop(NamedTuple):
-    """A hop in use; `ms` is the smoothed round trip of a one-token step (before the first one, the plan's estimate)."""
+    """A hop in use; `ms` is the smoothed round trip of a one-token step, before the first one that of a prefill."""
 
     peer: PeerId
     start: int

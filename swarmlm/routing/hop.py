@@ -12,7 +12,7 @@ import trio
 from swarmlm.actors.core import Connection
 from swarmlm.errors import BadStep, Busy, RemoteFailure, StaleEpoch, SwarmError, UnknownSession, UsageError
 from swarmlm.kernels.wire import from_wire, to_wire
-from swarmlm.protocol import CloseSession, OpenSession, PeerId, SessionId, Step, StepDone
+from swarmlm.protocol import CloseSession, OpenSession, SessionId, Step, StepDone
 from swarmlm.routing.base import SessionOptions, Swarm, Terms
 from swarmlm.routing.graph import PathHop, RouteHop
 from swarmlm.routing.journal import Journal, Rows
@@ -59,7 +59,7 @@ class Hop:
     ) -> torch.Tensor:
         """The span's output for `hidden` [batch, tokens, hidden], in the same shape and dtype.
 
-        Raises `HopFailed` when the hop is lost. `UsageError` and `BadStep` are the caller's fault, and the host is fine.
+        Raises `HopFailed` when the hop is lost. `UsageError` and `BadStep` are the caller's fault; the host is fine.
         """
         clean = self.held == position
         message = Step(self.session, self._epoch, position, to_wire(hidden), padding=padding, hypo_ids=hypo_ids)
@@ -76,7 +76,7 @@ class Hop:
         except BadStep as error:
             if clean:
                 raise
-            # A cache that cannot go back that far (recurrent layers) is filled anew; if the step is bad, it fails again.
+            # A cache that cannot go back that far (recurrent layers) is filled anew; a bad step then fails again.
             raise HopFailed(error, rebuild=True) from error
         except SwarmError as error:
             raise HopFailed(error, rebuild=isinstance(error, UnknownSession | StaleEpoch)) from error
@@ -106,7 +106,7 @@ class Hop:
         with trio.CancelScope(shield=True), suppress(SwarmError):
             await self._connection.ref().call(CloseSession(self.session), deadline=CLOSE_SECONDS)
             heard = True
-        with trio.move_on_after(CLOSE_SECONDS, shield=True):
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_SECONDS, shield=True):
             await self._connection.aclose()
         return heard
 
@@ -130,21 +130,24 @@ class Hop:
 
 
 async def open_hop(
-    swarm: Swarm, terms: Terms, place: PathHop, epoch: int, orphans: Iterable[SessionId], options: SessionOptions
+    swarm: Swarm, terms: Terms, place: PathHop, epoch: int, orphans: list[SessionId], options: SessionOptions
 ) -> Hop:
-    """Connect and reserve memory. `orphans` are sessions of ours that this host may still hold: they are closed first.
+    """Connect and reserve memory. Raises `Unreachable`, what the host answers, or what became of the connection.
 
-    Raises `Unreachable`, what the host answers, or what became of the connection.
+    `orphans` are sessions of ours that this host may still hold: they are closed first and taken off the list. After an
+    error, a session that may have been opened all the same is on it.
     """
     connection = await swarm.connect(place.peer, timeout=options.connect_timeout)
     session: SessionId = secrets.token_bytes(16)
     hop = Hop(place, connection, session, epoch, Journal(terms.max_length))
     try:
-        for orphan in orphans:
-            await connection.ref().call(CloseSession(orphan), deadline=options.open_timeout)
+        while orphans:
+            await connection.ref().call(CloseSession(orphans[-1]), deadline=options.open_timeout)
+            orphans.pop()
         await hop.open(terms, epoch, timeout=options.open_timeout)
     except BaseException:
-        await hop.close()
+        if not await hop.close():
+            orphans.append(session)
         raise
     return hop
 

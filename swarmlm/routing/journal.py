@@ -55,7 +55,7 @@ class Journal:
         return self._padding
 
     def append(self, hidden: torch.Tensor, padding: Rows = ()) -> None:
-        """Record a copy of `hidden` [batch, tokens, hidden] at the end. Raises `BadStep` if it does not fit the rest."""
+        """Record a copy of `hidden` [batch, tokens, hidden] at the end. Raises `BadStep` if it does not fit."""
         end = self._position + hidden.shape[1]
         if end > self._max_length:
             raise BadStep(f"{end} tokens do not fit a journal of {self._max_length}")
@@ -87,7 +87,7 @@ class Journal:
         self._position, self._reorders, self._padding = mark
 
     def rows(self, start: int, end: int) -> torch.Tensor:
-        """Positions [start, end) in today's row order: [batch, end - start, hidden]; a view if nothing was reordered."""
+        """Positions [start, end) in today's row order: [batch, end - start, hidden]; a view if none was reordered."""
         if self._space is None or not 0 <= start < end <= self._position:
             raise BadStep(f"positions {start}:{end} are not in a journal of {self._position}")
         pieces = []

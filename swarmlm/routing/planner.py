@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +35,10 @@ _Floats = NDArray[np.float64]
 def plan(hosts: Sequence[HostView], start: int, end: int) -> list[PathHop]:
     """The chain over blocks [start, end) with the least total of rtt_ms + queue_ms + block_ms * blocks.
 
-    Raises `NoRoute` with the details `missing` (blocks that no host serves, "7:8, 20:30") and `full` (blocks whose hosts
-    have no KV memory left for the session; `needed` and `free` in bytes if the views tell), and `BadSpan`.
-    A host used in several hops must have memory for all of them: a path that breaks this is mended greedily, keeping one
-    hop of that host, so in this rare case the path found may not be the least.
+    Raises `NoRoute` with the detail `missing` (blocks that no host serves, "7:8, 20:30") or `full` (blocks whose hosts
+    have no KV memory left for the session; with `needed` and `free` in bytes if the views tell), and `BadSpan`.
+    A host used in several hops must have memory for all of them: a path that breaks this is mended greedily, keeping
+    one hop of that host, so in this rare case the path found may not be the least.
     """
     if not 0 <= start < end:
         raise BadSpan(f"blocks {start}:{end} are no span")
@@ -47,7 +48,7 @@ def plan(hosts: Sequence[HostView], start: int, end: int) -> list[PathHop]:
         raise shortage
     path = _least(usable, start, end)
     while crowded := _crowded(path, usable):
-        mended = []
+        mended: list[tuple[float, int, list[PathHop], list[HostView]]] = []
         for kept in (hop for hop in path if hop.peer == crowded):
             narrowed = [
                 replace(host, start=kept.start, end=kept.end) if host.peer == crowded else host for host in usable
@@ -72,7 +73,7 @@ def coverage(spans: Iterable[Interval], blocks: int) -> list[tuple[int, int, int
     found: list[tuple[int, int, int]] = []
     replicas = 0
     edges = sorted({0, blocks} | {edge for edge, step in change.items() if step})
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         replicas += change[low]
         found.append((low, high, replicas))
     return found
@@ -181,10 +182,6 @@ def _no_memory(serving: Sequence[HostView], full: Sequence[Interval], start: int
     roomiest = max(there, key=lambda host: (host.kv_free, host.peer), default=None)
     if roomiest is None or roomiest.kv_block_bytes == 0:
         return NoRoute(text, full=where)
-    needed = roomiest.kv_block_bytes * max(
-        min(roomiest.end, high) - max(roomiest.start, low)
-        for low, high in full
-        if max(roomiest.start, low) < roomiest.end
-    )
+    needed = roomiest.kv_block_bytes * max(min(roomiest.end, high) - max(roomiest.start, low) for low, high in full)
     text += f": {needed:,} bytes are needed, at most {roomiest.kv_free:,} are free on one of them"
     return NoRoute(text, full=where, needed=needed, free=roomiest.kv_free)

@@ -8,8 +8,8 @@ The rules a `Session` keeps:
 
 - A step counts when every hop has answered: only then `position` moves on. Until then its tokens may be anywhere, and
   the next step, coming at a lower position than such a host holds, makes it forget them.
-- A hop that failed is replaced alone, by one host or several, over the same blocks. They are given what the lost one was
-  given (its journal), and then the interrupted step. The other hops notice nothing.
+- A hop that failed is replaced alone, by one host or several, over the same blocks. They are given what it was given
+  (its journal), and then the interrupted step. The other hops notice nothing.
 - A reorder (`hypo_ids`) is not idempotent as an append at a position is: done twice, it mixes up rows. So it is never
   sent twice to the same cache. A hop that does not answer it is lost, and is rebuilt from its journal as of before. If
   the step as a whole is given up, each hop that may have carried it out is rebuilt likewise before the next step.
@@ -64,7 +64,7 @@ class Session:
         return self._hops[0].journal.padding
 
     def history(self, position: int) -> torch.Tensor | None:
-        """A copy of the first `position` inputs, [batch, position, hidden]; None for 0. Raises `BadStep` beyond them."""
+        """A copy of the first `position` inputs, [batch, position, hidden]; None for 0. Past the end: `BadStep`."""
         return self._hops[0].journal.rows(0, position).clone() if position else None
 
     async def step(
@@ -74,8 +74,8 @@ class Session:
 
         `position` below the session's rolls back, for good, even if the step then fails. `padding` is the number of
         left-pad tokens of each row, remembered until position 0; `hypo_ids` reorders the rows held before the step.
-        Raises `BadStep` and `ContextTooLong` (the session stays usable), `NoRoute` when a lost host could not be replaced
-        in time (a later step tries again), `Closed`.
+        Raises `BadStep` and `ContextTooLong` (the session stays usable), `NoRoute` when a lost host could not be
+        replaced in time (a later step tries again), `Closed`.
         """
         async with self._turn:
             at = self.position if position is None else position
@@ -86,7 +86,7 @@ class Session:
             self.position = at
             for hop in self._hops:
                 hop.journal.rollback(at)
-            padding = padding or taken(self.padding, hypo_ids) if hypo_ids else padding or self.padding
+            padding = padding or (taken(self.padding, hypo_ids) if hypo_ids else self.padding)
             before = [(hop, hop.journal.mark()) for hop in self._hops]
             self._give_up_at = None
             self._rebuilt.clear()

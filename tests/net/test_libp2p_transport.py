@@ -185,8 +185,11 @@ async def test_unreachable_says_why() -> None:
     async with pair(170) as (transport, peer):
         with pytest.raises(Unreachable, match="another peer"):
             await transport.open_stream(identity(179).peer_id, peer.addresses, timeout=SECONDS)
-        with pytest.raises(Unreachable, match="no address"):
+        with pytest.raises(Unreachable, match="no usable address"):
             await transport.open_stream(identity(178).peer_id, [], timeout=SECONDS)
+        malformed = [Address(f"/dns4/{'x' * 70}.org/tcp/1"), Address("/ip4/127.0.0.1/udp/1"), Address("nonsense")]
+        with pytest.raises(Unreachable, match="no usable address"):
+            await transport.open_stream(identity(178).peer_id, malformed, timeout=SECONDS)
         with pytest.raises(Unreachable, match="itself"):
             await transport.open_stream(transport.peer_id, transport.addresses, timeout=SECONDS)
         with pytest.raises(Unreachable, match="peer id"):

@@ -173,7 +173,7 @@ class Libp2pTransport:
                 return Libp2pStream(peer, await self.network.open(who, addresses, PROTOCOL, timeout))
             except DialFailed as error:
                 reason = str(error)
-            except (BaseLibp2pError, EOFError):
+            except (BaseLibp2pError, EOFError, ValueError):
                 reason = "lost while opening a stream"
         raise Unreachable(f"cannot reach {_short(peer)}: {reason}")
 

@@ -192,7 +192,7 @@ class Network(Swarm):  # type: ignore[misc]
 
     async def _race(self, peer: ID, candidates: list[tuple[str, int]]) -> Any:
         if not candidates:
-            raise DialFailed("no address known")
+            raise DialFailed("no usable address known")
         won: list[Any] = []
         reasons: list[str] = []
 
@@ -220,6 +220,8 @@ class Network(Swarm):  # type: ignore[misc]
             tcp = await connect(host, port, self._nursery)
         except OSError as error:
             raise DialFailed((error.strerror or str(error)).lower()) from error
+        except ValueError as error:  # a name that cannot be encoded for the resolver
+            raise DialFailed("not a host name") from error
         finished = False
         try:
             connection = await self.upgrade_outbound_raw_conn(RawConnection(tcp, True), peer)

@@ -61,7 +61,7 @@ class Walker:
                     answer = Message.FromString(reply)
                 finally:
                     stream.end()
-            except (BaseLibp2pError, EOFError) as error:
+            except (BaseLibp2pError, EOFError, ValueError) as error:
                 log.debug("%s did not answer: %r", peer, error)
                 if reached:
                     return None  # it is there, and says no
