@@ -1,6 +1,6 @@
 """Where tensors come from: safetensors files, local or on a hub, and GGUF files. Nothing is read before it is wanted.
 
-A `Checkpoint` names its tensors and hands out lazy readers: an object that reads, and converts if it must, when it is
+A `Checkpoint` hands out a lazy tensor for every tensor there is; it is read, and dequantised if it must be, when
 indexed. Files that no wanted tensor lives in are neither downloaded nor opened.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,23 +26,16 @@ Fetch = Callable[[str], Path]  # file name in the repository -> local path; down
 class LazyTensor:
     """Reads when indexed, as transformers' loader expects of a safetensors slice."""
 
-    def __init__(self, read: Callable[[], torch.Tensor], shape: tuple[int, ...] | None = None) -> None:
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
         self._read = read
-        self.shape = shape
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return self._read()
 
-    def get_shape(self) -> list[int]:
-        return list(self.shape or ())
-
 
 class Checkpoint(Protocol):
-    def names(self, model: Any) -> Iterable[str]:
-        """The tensors there are for `model` (some formats name them by it)."""
-
-    def readers(self, names: Iterable[str], model: Any) -> Mapping[str, Any]:
-        """A lazy reader for each name. Raises `CheckpointCorrupt`."""
+    def tensors(self, model: Any) -> Mapping[str, LazyTensor]:
+        """Every tensor by its name (some formats name them by the model's own). Raises `CheckpointCorrupt`."""
 
 
 class SafetensorsCheckpoint:
@@ -50,6 +44,8 @@ class SafetensorsCheckpoint:
     def __init__(self, fetch: Fetch, shards: Mapping[str, str]) -> None:
         self._fetch = fetch
         self._shards = dict(shards)
+        self._opened: dict[str, Any] = {}
+        self._opening = threading.Lock()
 
     @classmethod
     def open(cls, fetch: Fetch, files: Iterable[str]) -> SafetensorsCheckpoint:
@@ -61,23 +57,26 @@ class SafetensorsCheckpoint:
                 raise CheckpointCorrupt(f"{INDEX} is no index of tensors ({error})") from None
             return cls(fetch, shards)
         if SINGLE in present:
-            return cls(fetch, {name: SINGLE for name in _open_shard(fetch(SINGLE)).keys()})  # noqa: SIM118
+            return cls(fetch, dict.fromkeys(_open_shard(fetch(SINGLE)).keys(), SINGLE))
         if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
             raise ModelUnsupported("the checkpoint is pickled (.bin), which runs code when read: convert to safetensors")
         raise ModelUnsupported("there are no safetensors files in the checkpoint")
 
-    def names(self, model: Any) -> Iterable[str]:
-        return self._shards
+    def tensors(self, model: Any) -> Mapping[str, LazyTensor]:
+        return {name: LazyTensor(self._reader(name, shard)) for name, shard in self._shards.items()}
 
-    def readers(self, names: Iterable[str], model: Any) -> Mapping[str, Any]:
-        opened: dict[str, Any] = {}
-        readers = {}
-        for name in names:
-            shard = self._shards[name]
-            if shard not in opened:
-                opened[shard] = _open_shard(self._fetch(shard))
-            readers[name] = LazyTensor(_slice_reader(opened[shard], name, shard))
-        return readers
+    def _reader(self, name: str, file: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            with self._opening:
+                if file not in self._opened:
+                    self._opened[file] = _open_shard(self._fetch(file))
+            try:
+                tensor: torch.Tensor = self._opened[file].get_tensor(name)
+            except Exception as error:
+                raise CheckpointCorrupt(f"{file} does not hold {name}: {_first_line(error)}") from None
+            return tensor
+
+        return read
 
 
 def _open_shard(path: Path) -> Any:
@@ -89,77 +88,60 @@ def _open_shard(path: Path) -> Any:
         raise CheckpointCorrupt(f"{path.name} is not a whole safetensors file: {_first_line(error)}") from None
 
 
-def _slice_reader(shard: Any, name: str, file: str) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        try:
-            tensor: torch.Tensor = shard.get_tensor(name)
-        except Exception as error:
-            raise CheckpointCorrupt(f"{file} does not hold {name}: {_first_line(error)}") from None
-        return tensor
-
-    return read
-
-
 class GGUFCheckpoint:
-    """A GGUF file; tensors are dequantised one at a time, as they are read."""
+    """A GGUF file, mapped into memory; tensors are dequantised one at a time, to the values transformers would load."""
 
     def __init__(self, path: Path, architecture: str) -> None:
         self._path = path
         self._architecture = architecture
-        self._tensors: dict[str, Any] = {}
         self.tensors_read = 0
 
-    def _open(self) -> dict[str, Any]:
-        if not self._tensors:
-            from gguf import GGUFReader
+    def tensors(self, model: Any) -> Mapping[str, LazyTensor]:
+        from swarmlm.models import hf_private as hf
 
-            try:
-                self._tensors = {tensor.name: tensor for tensor in GGUFReader(str(self._path)).tensors}
-            except Exception as error:
-                raise CheckpointCorrupt(f"{self._path.name} is not a whole GGUF file: {_first_line(error)}") from None
-        return self._tensors
-
-    def names(self, model: Any) -> Iterable[str]:
-        return self._names_of(model).values()
-
-    def readers(self, names: Iterable[str], model: Any) -> Mapping[str, Any]:
-        from swarmlm.models.hf_private import TENSOR_PROCESSORS, TensorProcessor
-
+        try:
+            stored = hf.load_gguf_state_dict(hf.GgufHeader.from_file(str(self._path)))
+        except Exception as error:
+            raise CheckpointCorrupt(f"{self._path.name} is not a whole GGUF file: {_first_line(error)}") from None
         config = model.config.to_dict()
-        processor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=config)
-        by_name = {name: key for key, name in self._names_of(model).items()}
-        return {name: LazyTensor(self._reader(by_name[name], processor)) for name in names}
+        processor = hf.TENSOR_PROCESSORS.get(self._architecture, hf.TensorProcessor)(config=config)
+        blocks = [int(match[1]) for name in stored if (match := re.match(r"blk\.(\d+)\.", name))]
+        names = hf.get_gguf_hf_weights_map(_Flat(model), processor, num_layers=max(blocks, default=-1) + 1)
+        return {
+            name: LazyTensor(self._reader(key, stored[key], processor)) for key, name in names.items() if key in stored
+        }
 
-    def _names_of(self, model: Any) -> dict[str, str]:
-        """GGUF name -> the model's own name, for the tensors that the model has."""
-        from swarmlm.models.hf_private import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-        processor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=model.config.to_dict())
-        tensors = self._open()
-        found = get_gguf_hf_weights_map(model, processor, num_layers=_layers_of(tensors))
-        return {key: name for key, name in found.items() if key in tensors}
-
-    def _reader(self, key: str, processor: Any) -> Callable[[], torch.Tensor]:
+    def _reader(self, key: str, stored: Any, processor: Any) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
             import numpy as np
-            from gguf import dequantize
+            from gguf import GGMLQuantizationType, dequantize
 
-            tensor = self._tensors[key]
             try:
-                weights = dequantize(tensor.data, tensor.tensor_type)
+                raw = stored[...]
+                packed = raw.dtype is torch.uint8
+                values = dequantize(raw.numpy(), GGMLQuantizationType(stored.ggml_type)) if packed else raw.float().numpy()
             except Exception as error:
                 raise CheckpointCorrupt(f"{self._path.name} does not hold {key}: {_first_line(error)}") from None
             self.tensors_read += 1
-            parsed: dict[str, dict[str, Any]] = {"tensors": {}}
-            result = processor.process(weights=weights, name=key, tensor_key_mapping={}, parsed_parameters=parsed)
-            return torch.from_numpy(np.ascontiguousarray(result.weights))
+            result = processor.process(weights=values, name=key, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
+            return torch.from_numpy(np.array(result.weights))
 
         return read
 
 
-def _layers_of(tensors: Mapping[str, Any]) -> int:
-    numbers = [int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))]
-    return max(numbers, default=-1) + 1
+class _Flat:
+    """A model's own tensor names and no children: transformers' name map walks every submodule otherwise (10 s)."""
+
+    def __init__(self, model: Any) -> None:
+        self.config = model.config
+        prefix = f"{model.base_model_prefix}."
+        self._names = {name.removeprefix(prefix) for name in model.state_dict()} | set(model.state_dict())
+
+    def state_dict(self) -> Iterable[str]:
+        return self._names
+
+    def named_children(self) -> tuple[()]:
+        return ()
 
 
 def _first_line(error: BaseException) -> str:

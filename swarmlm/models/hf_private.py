@@ -12,6 +12,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
     TensorProcessor,
@@ -21,6 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 __all__ = [
     "TENSOR_PROCESSORS",
+    "GgufHeader",
     "LoadStateDictConfig",
     "TensorProcessor",
     "WeightConverter",
@@ -28,5 +30,6 @@ __all__ = [
     "convert_and_load_state_dict_in_model",
     "get_gguf_hf_weights_map",
     "get_model_conversion_mapping",
+    "load_gguf_state_dict",
     "rename_source_key",
 ]

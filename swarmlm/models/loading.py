@@ -91,19 +91,18 @@ def load_into(
     renamings = [entry for entry in mapping if isinstance(entry, hf.WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, hf.WeightConverter)]
     meta = model.state_dict()
-    names = []
-    for name in source.checkpoint.names(model):
+    readers = {}
+    for name, reader in source.checkpoint.tensors(model).items():
         renamed, _ = hf.rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
         if (renamed in meta and wanted(renamed)) or (name in meta and wanted(name)):
-            names.append(name)
-    readers = source.checkpoint.readers(names, model)
+            readers[name] = reader
     counted = _count(readers, progress) if progress is not None else readers
     config = hf.LoadStateDictConfig(
         dtype=dtype, device_map={"": torch.device(device)}, weight_mapping=mapping, weights_only=True
     )
     with _quiet():
         try:
-            info, _ = hf.convert_and_load_state_dict_in_model(model, dict(counted), config, None)
+            info, _ = hf.convert_and_load_state_dict_in_model(model, counted, config, None)
         except SwarmError:
             raise
         except Exception as error:
@@ -136,10 +135,10 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
                 model._init_weights(module)
 
 
-def _count(readers: Any, progress: Progress) -> dict[str, LazyTensor]:
+def _count(readers: dict[str, LazyTensor], progress: Progress) -> dict[str, LazyTensor]:
     done, total, lock = 0, len(readers), threading.Lock()
 
-    def counted(reader: Any) -> LazyTensor:
+    def counted(reader: LazyTensor) -> LazyTensor:
         def read() -> torch.Tensor:
             nonlocal done
             tensor: torch.Tensor = reader[...]
@@ -148,7 +147,7 @@ def _count(readers: Any, progress: Progress) -> dict[str, LazyTensor]:
                 progress(done, total)
             return tensor
 
-        return LazyTensor(read, getattr(reader, "shape", None))
+        return LazyTensor(read)
 
     progress(0, total)
     return {name: counted(reader) for name, reader in readers.items()}

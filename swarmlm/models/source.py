@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from swarmlm.errors import CheckpointCorrupt, ModelNotFound, ModelUnsupported
-from swarmlm.models.checkpoint import INDEX, SINGLE, Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
+from swarmlm.models.checkpoint import Checkpoint, GGUFCheckpoint, SafetensorsCheckpoint
 from swarmlm.models.embedded import DEFAULT_MODEL, HUB_NAME, embedded_gguf
+from swarmlm.models.gguf_cache import unpacked
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 NO_CONTEXT = 2048  # tokens: for families without positions in their configuration (alibi)
-HUB_SECONDS = 5.0  # for each look at the hub before weights are downloaded: an unreachable hub is told of soon
 VOLATILE = {  # fields that may differ between two copies of one model
     "_name_or_path",
     "architectures",
@@ -166,23 +166,22 @@ def _from_files(name: str, folder: Path, fetch: Callable[[str], Path], files: li
 def _from_gguf(path: Path, name: str) -> Source:
     from transformers import AutoTokenizer, GenerationConfig
 
-    config = _config(lambda: _auto_config(path.parent, gguf_file=path.name), name)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    folder = unpacked(path)
+    config = _config(lambda: _auto_config(folder), name)
     return Source(
         name,
         config,
         GGUFCheckpoint(path, config.model_type),
-        tokenizer=lambda: AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name),
+        tokenizer=lambda: AutoTokenizer.from_pretrained(folder),
         generation_config=lambda: GenerationConfig.from_model_config(config),
         checkpoint_dtype=torch.float32,
     )
 
 
-def _auto_config(folder: Path, **options: Any) -> Any:
+def _auto_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder, **options)
+    return AutoConfig.from_pretrained(folder)
 
 
 def _config(read: Callable[[], Any], name: str) -> Any:
@@ -196,6 +195,3 @@ def _config(read: Callable[[], Any], name: str) -> Any:
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise ModelUnsupported(f"{name} ({config.model_type}) is no decoder with a list of layers")
     return config
-
-
-__all__ = ["INDEX", "SINGLE", "Source", "open_source"]

@@ -1,0 +1,325 @@
+"""A span: consecutive blocks of any transformers decoder, run by the family's own code.
+
+The family's base model is built without weights; the layers that are not ours, the embeddings and the norms become
+stubs, and only our tensors are read. In a forward, the hidden state enters at our first block and is taken out after our
+last, so nothing the family does before or after its layers (scaling, positions, norms) touches it.
+
+A session may run a part of the span (a route can enter at any block): the other blocks pass its hidden state by.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from swarmlm.errors import BadSpan, BadStep, ContextTooLong
+from swarmlm.models.cache import DynamicState, SlabCache, StepCache, keeps_plain_keys
+from swarmlm.models.loading import Progress, build_meta_model, decoder_of, layers_name, load_into
+from swarmlm.models.source import Source
+
+MEASURED_STEPS = 5  # one-token steps timed after warm-up; the median is announced
+
+
+@dataclass
+class SpanCache:
+    """One session's state for blocks [start, end), numbered in the whole model."""
+
+    start: int
+    end: int
+    state: SlabCache | DynamicState
+    nbytes: int
+
+    @property
+    def position(self) -> int:
+        """Tokens held."""
+        return self.state.position
+
+    @property
+    def batch(self) -> int:
+        return self.state.batch
+
+    @property
+    def max_length(self) -> int:
+        return self.state.max_length
+
+
+@dataclass
+class SpanJob:
+    """One step of one session. `hidden` is [batch, n, hidden size]; `padding` the left-pad tokens of each row."""
+
+    cache: SpanCache
+    hidden: torch.Tensor
+    position: int
+    padding: tuple[int, ...] = ()
+    hypo_ids: tuple[int, ...] = ()
+
+
+@dataclass
+class _Pass:
+    """What the blocks of a running forward need to know."""
+
+    start: int
+    end: int
+    hidden: torch.Tensor
+    output: torch.Tensor | None = None
+
+
+class Span:
+    """Blocks [start, end) of a model, ready to run. Made by `Span.load`; `run` may be called from any one thread."""
+
+    def __init__(self, model: Any, source: Source, start: int, end: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._pass: _Pass | None = None
+        self._returns_tuple = False
+        self.name = source.name
+        self.fingerprint = source.fingerprint
+        self.blocks = source.num_blocks
+        self.context_length = source.context_length
+        self.start, self.end = start, end
+        self.dtype, self.device = dtype, device
+        self.hidden_size = int(source.config.hidden_size)
+        self._plain = keeps_plain_keys(model.config)
+        for index, layer in enumerate(getattr(decoder_of(model), layers_name(model))):
+            layer.forward = self._guard(layer.forward, index)
+        self._token_bytes, self._fixed_bytes = self._probe()
+
+    @classmethod
+    def load(
+        cls,
+        source: Source,
+        start: int,
+        end: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        progress: Progress | None = None,
+    ) -> Span:
+        """Read blocks [start, end) of `source` and nothing else. Raises `BadSpan`, `CheckpointCorrupt`."""
+        blocks = source.num_blocks
+        if not 0 <= start < end <= blocks:
+            raise BadSpan(f"blocks {start}:{end} are no span of {source.name}, which has {blocks} blocks (0:{blocks})")
+        model = build_meta_model(copy.deepcopy(source.config), dtype=dtype)
+        decoder, name = decoder_of(model), layers_name(model)
+        layers = getattr(decoder, name)
+        for index in range(blocks):
+            if not start <= index < end:
+                layers[index] = nn.Identity()
+        _stub_all_but(model, decoder, name, int(source.config.hidden_size))
+        load_into(model, source, dtype=dtype, device=device, progress=progress)
+        setattr(decoder, name, nn.ModuleList(list(layers)[start:end]))
+        _rebase(model, getattr(decoder, name), start, end, blocks)
+        return cls(model, source, start, end, dtype, torch.device(device))
+
+    # ---- sessions --------------------------------------------------------------------------------------------------
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of KV per token, row and block, rounded up."""
+        return -(-sum(self._token_bytes) // len(self._token_bytes))
+
+    def cache_bytes(self, batch: int, max_length: int, *, start: int | None = None, end: int | None = None) -> int:
+        """Bytes that a session over blocks [start, end) keeps. The whole span by default."""
+        first, last = self._local(start, end)
+        tokens = sum(self._token_bytes[first:last]) * batch * max_length
+        return tokens + self._fixed_bytes * batch * (last - first) // len(self._token_bytes)
+
+    def open(self, batch: int, max_length: int, *, start: int | None = None, end: int | None = None) -> SpanCache:
+        """An empty cache; its memory is taken as tokens come."""
+        first, last = self._local(start, end)
+        state = SlabCache(batch, max_length) if self._plain else DynamicState(self._model.config, batch, max_length)
+        nbytes = self.cache_bytes(batch, max_length, start=start, end=end)
+        return SpanCache(self.start + first, self.start + last, state, nbytes)
+
+    def _local(self, start: int | None, end: int | None) -> tuple[int, int]:
+        first = 0 if start is None else start - self.start
+        last = self.end - self.start if end is None else end - self.start
+        if not 0 <= first < last <= self.end - self.start:
+            raise BadSpan(f"blocks {start}:{end} are not within {self.start}:{self.end}")
+        return first, last
+
+    def check(self, job: SpanJob) -> None:
+        """Raises `BadStep` or `ContextTooLong` for a step that cannot run; the session is untouched."""
+        hidden, cache = job.hidden, job.cache
+        if hidden.dim() != 3 or hidden.shape[0] != cache.batch or hidden.shape[2] != self.hidden_size:
+            raise BadStep(
+                f"hidden states of shape {tuple(hidden.shape)} instead of ({cache.batch}, tokens, {self.hidden_size})"
+            )
+        if not hidden.is_floating_point():
+            raise BadStep(f"hidden states of dtype {str(hidden.dtype).removeprefix('torch.')}")
+        if hidden.shape[1] == 0:
+            raise BadStep("a step without tokens")
+        if job.position > cache.position:
+            raise BadStep(f"the step starts at token {job.position}, the session holds {cache.position}")
+        if job.position + hidden.shape[1] > cache.max_length:
+            raise ContextTooLong(
+                f"{job.position + hidden.shape[1]} tokens are more than the {cache.max_length} this session reserved"
+            )
+        if job.padding and (len(job.padding) != cache.batch or max(job.padding) >= job.position + hidden.shape[1]):
+            raise BadStep(f"padding {job.padding} does not fit {cache.batch} rows")
+        if job.hypo_ids and (len(job.hypo_ids) != cache.batch or max(job.hypo_ids) >= cache.batch):
+            raise BadStep(f"hypo_ids {job.hypo_ids} do not name rows of a batch of {cache.batch}")
+        if not bool(torch.isfinite(hidden).all()):
+            raise BadStep("hidden states that are not finite (NaN or infinity)")
+
+    # ---- computing -------------------------------------------------------------------------------------------------
+
+    def run(self, jobs: Sequence[SpanJob]) -> list[torch.Tensor]:
+        """The outputs [batch, n, hidden size] of `jobs`, in order. One-token jobs of several sessions run together."""
+        outputs: list[torch.Tensor | None] = [None] * len(jobs)
+        together: dict[tuple[int, int], list[int]] = {}
+        with self._lock, torch.inference_mode():
+            for index, job in enumerate(jobs):
+                self._place(job)
+                if self._plain and job.hidden.shape[1] == 1:
+                    together.setdefault((job.cache.start, job.cache.end), []).append(index)
+                else:
+                    outputs[index] = self._forward([job])
+            for indices in together.values():
+                output = self._forward([jobs[index] for index in indices])
+                sizes = [jobs[index].cache.batch for index in indices]
+                for index, part in zip(indices, output.split(sizes), strict=True):
+                    outputs[index] = part
+        return [output for output in outputs if output is not None]
+
+    def _place(self, job: SpanJob) -> None:
+        """Roll the cache back to where the step starts, and reorder its rows."""
+        job.cache.state.roll_back(job.position)
+        if job.hypo_ids:
+            job.cache.state.reorder(torch.tensor(job.hypo_ids, device=self.device))
+
+    def _forward(self, jobs: Sequence[SpanJob]) -> torch.Tensor:
+        states = [job.cache.state for job in jobs]
+        slabs = [state for state in states if isinstance(state, SlabCache)]
+        cache = StepCache(slabs, self.end - self.start) if slabs else states[0].cache  # type: ignore[union-attr]
+        hidden = torch.cat([job.hidden for job in jobs]) if len(jobs) > 1 else jobs[0].hidden
+        hidden = hidden.to(self.device, self.dtype)
+        mask, positions = self._mask(jobs, hidden.shape[1])
+        first, last = jobs[0].cache.start - self.start, jobs[0].cache.end - self.start
+        self._pass = running = _Pass(first, last, hidden)
+        try:
+            self._model(
+                inputs_embeds=hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            self._pass = None
+        for state, job in zip(states, jobs, strict=True):
+            state.advance(job.position + hidden.shape[1])
+        assert running.output is not None
+        return running.output
+
+    def _mask(self, jobs: Sequence[SpanJob], tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(attention mask [rows, longest] or None if all tokens count, position ids [rows, tokens])."""
+        longest = max(job.position for job in jobs) + tokens
+        blank: list[int] = []  # masked tokens before each row's first real one, right-aligned
+        first: list[int] = []  # position of each row's first new token
+        for job in jobs:
+            padding = job.padding or (0,) * job.cache.batch
+            blank += [longest - job.position - tokens + pad for pad in padding]
+            first += [job.position - pad for pad in padding]
+        ahead = torch.arange(tokens, device=self.device)
+        positions = (torch.tensor(first, device=self.device)[:, None] + ahead).clamp_min(0)
+        if not any(blank):
+            return None, positions
+        columns = torch.arange(longest, device=self.device)
+        return (columns >= torch.tensor(blank, device=self.device)[:, None]).long(), positions
+
+    def _guard(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
+        """A block's forward, between taking the hidden state in (our first) and putting the output out (our last)."""
+
+        @functools.wraps(forward)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            running = self._pass
+            assert running is not None, "blocks run inside Span.run only"
+            if not running.start <= index < running.end:
+                given = args[0] if args else kwargs["hidden_states"]
+                return (given,) * 2 if self._returns_tuple else given
+            if index == running.start:
+                if args:
+                    args = (running.hidden, *args[1:])
+                else:
+                    kwargs["hidden_states"] = running.hidden
+            output = forward(*args, **kwargs)
+            self._returns_tuple = isinstance(output, tuple)
+            if index == running.end - 1:
+                running.output = output[0] if isinstance(output, tuple) else output
+            return output
+
+        return guarded
+
+    def _probe(self) -> tuple[list[int], int]:
+        """Run two tokens: (bytes per token and row of each block, bytes of state that does not grow)."""
+        count = self.end - self.start
+        sizes: list[int] = []
+        state: SlabCache | DynamicState
+        for tokens in (1, 2):
+            state = SlabCache(1, tokens) if self._plain else DynamicState(self._model.config, 1, tokens)
+            cache = SpanCache(self.start, self.end, state, 0)
+            self.run([SpanJob(cache, torch.zeros(1, tokens, self.hidden_size), 0)])
+            if isinstance(state, SlabCache):
+                layer_bytes = state.layer_bytes
+                return [layer_bytes.get(layer, 0) for layer in range(count)], 0
+            sizes.append(state.nbytes)
+        grown = sizes[1] - sizes[0]
+        return [-(-grown // count)] * count, max(0, sizes[0] - grown)
+
+    def measure(self) -> float:
+        """Milliseconds of one token through one block, at batch 1."""
+        cache = self.open(1, MEASURED_STEPS + 2)
+        times = []
+        for position in range(MEASURED_STEPS + 2):
+            started = time.perf_counter()
+            self.run([SpanJob(cache, torch.zeros(1, 1, self.hidden_size), position)])
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[2:]) * 1e3 / (self.end - self.start)
+
+
+class _Stub(nn.Module):
+    """Stands for a module before or after our blocks: its result is thrown away, only its shape must fit."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self._hidden_size = hidden_size
+
+    def forward(self, given: Any = None, *_: Any, **__: Any) -> Any:
+        if isinstance(given, torch.Tensor) and not given.is_floating_point():
+            return torch.zeros(*given.shape, self._hidden_size, device=given.device)
+        return given
+
+
+def _stub_all_but(model: Any, decoder: Any, layers: str, hidden_size: int) -> None:
+    """Replace every module with weights outside the layers, from the top of the model down to the decoder."""
+    chain = [module for module in model.modules() if any(part is decoder for part in module.modules())]
+    for module in chain:
+        for name, child in list(module.named_children()):
+            keep = any(child is part for part in chain) or (module is decoder and name == layers)
+            if not keep and next(child.parameters(), None) is not None:
+                setattr(module, name, _Stub(hidden_size))
+        for name, _ in list(module.named_parameters(recurse=False)):
+            setattr(module, name, None)
+
+
+def _rebase(model: Any, layers: nn.ModuleList, start: int, end: int, blocks: int) -> None:
+    """Make the family's code see a model of just our layers: indices from 0, per-layer lists of our length."""
+    for module in layers.modules():
+        for field in ("layer_idx", "layer_id", "layer_number"):
+            if isinstance(index := getattr(module, field, None), int):
+                setattr(module, field, index - start)
+    for config in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
+        for field, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == blocks:
+                setattr(config, field, value[start:end])
+        config.num_hidden_layers = end - start
