@@ -111,14 +111,12 @@ class Hop:
         return heard
 
     async def _ask(self, message: Step, timeout: float) -> StepDone:
+        self.held = None
         for wait in BUSY_WAITS:
-            held, self.held = self.held, None
             try:
                 return await self._connection.ref().call(message, deadline=timeout)
             except Busy:
-                self.held = held  # it was turned away at the door
                 await trio.sleep(wait)
-        self.held = None
         return await self._connection.ref().call(message, deadline=timeout)
 
     def _measure(self, tokens: int, ms: float) -> None:

@@ -112,6 +112,16 @@ async def test_others_are_asked_if_one_refuses_or_is_gone(autojump_clock: MockCl
         assert [peer for peer, _ in swarm.reported] == [swarm.hosts[2].peer]
 
 
+async def test_a_host_that_the_second_plan_does_not_need_is_let_go(autojump_clock: MockClock) -> None:
+    async with toy_swarm((0, 4), (4, 8)) as swarm:
+        swarm.hosts[1].draining = True
+        slow = await swarm.add(0, 8, delay=1.0)
+        async with twin_session(swarm, 8) as twin:
+            await twin.step(2)
+            assert [hop.peer for hop in twin.session.route] == [slow.peer]
+            assert not swarm.hosts[0].sessions
+
+
 async def test_a_swarm_that_is_leaving(autojump_clock: MockClock) -> None:
     async with toy_swarm((0, 8)) as swarm:
         swarm.hosts[0].draining = True

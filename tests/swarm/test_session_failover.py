@@ -335,6 +335,30 @@ async def test_a_failed_step_on_one_hop_leaves_the_others_at_rest(autojump_clock
         assert [step[0] for step in swarm.hosts[0].steps] == [0, 5, 5]
 
 
+async def test_a_reorder_given_up_after_its_span_was_taken_over_by_two_hosts(autojump_clock: MockClock) -> None:
+    async with toy_swarm((0, 2), (2, 7), (7, 9)) as swarm:
+        async with twin_session(swarm, 9, batch=3) as twin:
+            await twin.step(6)
+            await swarm.add(2, 4)
+            await swarm.add(4, 7)
+            kill_at(swarm, swarm.at(twin.session, 1), 0)
+            last = swarm.hosts[2]
+
+            def refuse(step: Step) -> None:
+                last.before = lambda step: None
+                raise BadStep("not this one")
+
+            last.before = refuse
+            with pytest.raises(BadStep, match="not this one"):
+                await twin.session.step(twin.tokens(2), hypo_ids=(1, 2, 2))
+            await twin.step()
+            assert len(twin.session.route) == 4
+            await swarm.add(3, 7)
+            swarm.kill(swarm.at(twin.session, 2))
+            await twin.step(hypo_ids=(2, 0, 0))
+            assert [len(host.sessions) for host in swarm.alive() if host.start in (0, 7)] == [1, 1]
+
+
 async def crowd(swarm: ToySwarm, count: int) -> list[Twin]:
     """`count` sessions, one after another, each a few tokens long."""
     done = []
