@@ -74,4 +74,3 @@ class AutoDistributedModelForCausalLM:
 
 def _log_event(event: SessionEvent) -> None:
     log.warning("%s", event.text)
-

@@ -27,7 +27,7 @@ from swarmlm.actors.directory import Directory
 from swarmlm.actors.links import Links
 from swarmlm.actors.scout import Scout
 from swarmlm.config import default_kv_memory
-from swarmlm.errors import ConfigError, UsageError
+from swarmlm.errors import ConfigError, SwarmError, UsageError
 from swarmlm.protocol import (
     Address,
     CloseSession,
@@ -258,12 +258,11 @@ class Node:
     async def drain(self) -> None:
         """Before leaving: take the record back, so that nobody plans a route through us. Never raises for the world."""
         from swarmlm.actors.announcer import Withdraw
-        from swarmlm.errors import SwarmError
 
         if self._announcer is None:
             return
         announcer, self._announcer = self._announcer, None
-        with trio.move_on_after(WITHDRAW_SECONDS, shield=True):
+        with trio.CancelScope(deadline=trio.current_time() + WITHDRAW_SECONDS, shield=True):
             try:
                 await announcer.call(Withdraw(), deadline=WITHDRAW_SECONDS)
             except SwarmError as error:
@@ -327,7 +326,8 @@ async def open_node(
 ) -> AsyncIterator[Node]:
     """Join the swarm of `peers` (full multiaddrs), or start one.
 
-    `listen` is a multiaddr such as "/ip4/0.0.0.0/tcp/4001"; None listens on a free loopback port. `identity` is a key
+    `listen` is a multiaddr such as "/ip4/0.0.0.0/tcp/4001" and makes the node a full member that helps others find hosts;
+    None listens on a free loopback port and asks others only. `identity` is a key
     file, made if missing; None is a fresh identity. `transport` and `discovery` replace libp2p's (for tests,
     simulations and other networks); give the transport's own `key` with them.
     Raises `ConfigError` for addresses that do not parse and a port in use.
@@ -335,14 +335,16 @@ async def open_node(
     seeds = [Address(peer) for peer in peers]
     for seed in seeds:
         peer_of(seed)
+    kademlia: Any = None
     async with AsyncExitStack() as stack:
         if transport is None:
             from swarmlm.transport.libp2p import open_kademlia, open_libp2p
 
             key = Identity.load_or_create(Path(identity)) if identity else Identity.generate()
             where = [Address(listen or "/ip4/127.0.0.1/tcp/0")]
-            transport = await stack.enter_async_context(open_libp2p(key, listen=where))
-            discovery = await stack.enter_async_context(open_kademlia(transport, seeds))
+            libp2p = await stack.enter_async_context(open_libp2p(key, listen=where))
+            kademlia = await stack.enter_async_context(open_kademlia(libp2p, server=listen is not None))
+            transport, discovery = libp2p, kademlia
         elif key is None:
             raise ConfigError("a transport of your own needs its key beside it")
         supervisor = await stack.enter_async_context(open_supervisor())
@@ -352,10 +354,20 @@ async def open_node(
         directory = await supervisor.start(Directory, name="directory")
         links.route({GetDirectory: directory, Publish: directory})
         node = Node(transport, key, discovery or NoDiscovery(), supervisor, directory, links, seeds, nursery)
+        if kademlia is not None:
+            nursery.start_soon(_join, kademlia, seeds)
         try:
             yield node
         finally:
             await node.drain()
+
+
+async def _join(kademlia: Any, seeds: Sequence[Address]) -> None:
+    """Best effort: whether the seeds answer at all is the scout's to tell."""
+    try:
+        await kademlia.bootstrap(seeds)
+    except SwarmError as error:
+        log.debug("the distributed table was not joined: %s", error)
 
 
 def _no_session(batch: int, max_length: int) -> Any:

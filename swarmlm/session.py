@@ -61,6 +61,7 @@ class SwarmView:
             if peer not in probed or probed[peer][0].state != "online":
                 continue
             status, rtt_ms = probed[peer]
+            block_bytes = max(1, status.kv_token_bytes * max_length * batch)
             self._addresses[peer] = tuple(Address(address) for address in record.addresses)
             views.append(
                 HostView(
@@ -70,7 +71,9 @@ class SwarmView:
                     rtt_ms=rtt_ms,
                     queue_ms=status.queue * status.block_ms * (record.end - record.start),
                     block_ms=status.block_ms,
-                    max_blocks=status.kv_free // max(1, status.kv_token_bytes * max_length * batch),
+                    max_blocks=status.kv_free // block_bytes,
+                    kv_free=status.kv_free,
+                    kv_block_bytes=block_bytes,
                 )
             )
         return views
@@ -247,7 +250,11 @@ class NodeSession:
         self.answers = 0
 
     def generate(
-        self, prompt: str | Sequence[int], *, max_tokens: int = DEFAULT_NEW_TOKENS, temperature: float = 0.0,
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
         seed: int | None = None,
     ) -> Answer:
         """Continue `prompt` (text or token ids) as it is. Greedy at temperature 0."""
@@ -268,8 +275,14 @@ class NodeSession:
         return answer
 
     async def _write(
-        self, answer: Answer, pieces: trio.MemorySendChannel[str], method: Callable[..., list[int]], prompt: Any,
-        max_tokens: int, temperature: float, seed: int | None,
+        self,
+        answer: Answer,
+        pieces: trio.MemorySendChannel[str],
+        method: Callable[..., list[int]],
+        prompt: Any,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
     ) -> None:
         await self._stop()
         self._at_rest = trio.Event()
@@ -290,7 +303,12 @@ class NodeSession:
             token.run_sync_soon(put, piece)
 
         work = functools.partial(
-            method, prompt, max_new_tokens=max_tokens, temperature=temperature, seed=seed, on_token=on_token,
+            method,
+            prompt,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_token=on_token,
             should_stop=lambda: self._growing.stopped,
         )
         started = time.perf_counter()

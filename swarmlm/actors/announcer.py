@@ -1,7 +1,7 @@
 """The announcer: says who we are, again and again, until it says that we leave.
 
-It owns the host's own record and its sequence number. Every third of a lease, and whenever the state changes, it signs a
-new one and hands it to our own directory, to the neighbours it knows, and to the discovery service.
+It owns the host's own record and its sequence number. Every third of a lease, and whenever the state changes, it signs
+a new one and hands it to our own directory, to the neighbours it knows, and to the discovery service.
 """
 
 from __future__ import annotations

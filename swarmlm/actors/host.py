@@ -57,7 +57,9 @@ class BlockHost(Actor[HostRole]):
         if self._state != "online":
             raise Busy("this host is leaving and takes no new sessions")
         if ask.model != self._model or ask.fingerprint != self._fingerprint:
-            raise WrongModel(f"this host serves {self._model} ({self._fingerprint}), not {ask.model} ({ask.fingerprint})")
+            raise WrongModel(
+                f"this host serves {self._model} ({self._fingerprint}), not {ask.model} ({ask.fingerprint})"
+            )
         if not self._start <= ask.start < ask.end <= self._end:
             raise WrongModel(f"this host serves blocks {self._start}:{self._end}, not {ask.start}:{ask.end}")
         if ask.max_length > self._context_length:

@@ -136,7 +136,9 @@ class Scout:
             peer = PeerId(record.peer)
             addresses = tuple(Address(a) for a in record.addresses)
             try:
-                await self._links.link(peer, addresses, timeout=ASK_SECONDS)  # so that the dial is not in the round trip
+                await self._links.link(
+                    peer, addresses, timeout=ASK_SECONDS
+                )  # so that the dial is not in the round trip
                 started = trio.current_time()
                 status = await self._links.ask(peer, addresses, GetStatus(), timeout=STATUS_SECONDS)
             except SwarmError as error:

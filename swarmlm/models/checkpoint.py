@@ -59,7 +59,9 @@ class SafetensorsCheckpoint:
         if SINGLE in present:
             return cls(fetch, dict.fromkeys(_open_shard(fetch(SINGLE)).keys(), SINGLE))
         if any(name.endswith((".bin", ".pt", ".pth")) for name in present):
-            raise ModelUnsupported("the checkpoint is pickled (.bin), which runs code when read: convert to safetensors")
+            raise ModelUnsupported(
+                "the checkpoint is pickled (.bin), which runs code when read: convert to safetensors"
+            )
         raise ModelUnsupported("there are no safetensors files in the checkpoint")
 
     def tensors(self, model: Any) -> Mapping[str, LazyTensor]:
@@ -119,11 +121,15 @@ class GGUFCheckpoint:
             try:
                 raw = stored[...]
                 packed = raw.dtype is torch.uint8
-                values = dequantize(raw.numpy(), GGMLQuantizationType(stored.ggml_type)) if packed else raw.float().numpy()
+                values = (
+                    dequantize(raw.numpy(), GGMLQuantizationType(stored.ggml_type)) if packed else raw.float().numpy()
+                )
             except Exception as error:
                 raise CheckpointCorrupt(f"{self._path.name} does not hold {key}: {_first_line(error)}") from None
             self.tensors_read += 1
-            result = processor.process(weights=values, name=key, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
+            result = processor.process(
+                weights=values, name=key, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
+            )
             return torch.from_numpy(np.array(result.weights))
 
         return read

@@ -53,7 +53,9 @@ def load_client_model(
 
 def _show_one_layer(model: Any, blocks: int) -> None:
     """The family's code sees a model of one layer: the remote stack."""
-    for config in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
+    for config in {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }.values():
         for field, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == blocks:
                 setattr(config, field, value[:1])

@@ -37,7 +37,9 @@ def build_meta_model(config: Any, *, causal_lm: bool = False, dtype: torch.dtype
                 if attention == "sdpa" and "scaled_dot_product" in str(error):
                     continue
                 text = str(error).splitlines()[0]
-                raise ModelUnsupported(f"{config.model_type} is no decoder that transformers can build: {text}") from None
+                raise ModelUnsupported(
+                    f"{config.model_type} is no decoder that transformers can build: {text}"
+                ) from None
     raise ModelUnsupported(f"{config.model_type} has no attention that runs here")
 
 
@@ -114,12 +116,12 @@ def load_into(
     if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()
     missing = [
-        key
-        for key, tensor in model.state_dict(keep_vars=True).items()
-        if wanted(key) and tensor.device.type == "meta"
+        key for key, tensor in model.state_dict(keep_vars=True).items() if wanted(key) and tensor.device.type == "meta"
     ]
     if missing:
-        raise CheckpointCorrupt(f"{source.name} lacks {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
+        raise CheckpointCorrupt(
+            f"{source.name} lacks {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
+        )
     _fill_buffers(model, torch.device(device))
     model.eval().requires_grad_(False)
 

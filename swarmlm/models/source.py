@@ -89,7 +89,9 @@ class Source:
         return self._generation_config()
 
     def describe(self) -> str:
-        return f"{self.name}: {self.config.model_type}, {self.num_blocks} blocks, {self.context_length} tokens of context"
+        return (
+            f"{self.name}: {self.config.model_type}, {self.num_blocks} blocks, {self.context_length} tokens of context"
+        )
 
 
 def open_source(model: str, *, revision: str | None = None, cache_dir: str | None = None) -> Source:

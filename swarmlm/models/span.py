@@ -76,7 +76,9 @@ class _Pass:
 class Span:
     """Blocks [start, end) of a model, ready to run. Made by `Span.load`; `run` may be called from any one thread."""
 
-    def __init__(self, model: Any, source: Source, start: int, end: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, source: Source, start: int, end: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._model = model
         self._lock = threading.Lock()
         self._pass: _Pass | None = None
@@ -318,7 +320,9 @@ def _rebase(model: Any, layers: nn.ModuleList, start: int, end: int, blocks: int
         for field in ("layer_idx", "layer_id", "layer_number"):
             if isinstance(index := getattr(module, field, None), int):
                 setattr(module, field, index - start)
-    for config in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
+    for config in {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }.values():
         for field, value in list(vars(config).items()):
             if isinstance(value, list) and len(value) == blocks:
                 setattr(config, field, value[start:end])

@@ -115,7 +115,7 @@ async def test_others_are_asked_if_one_refuses_or_is_gone(autojump_clock: MockCl
 async def test_a_host_that_the_second_plan_does_not_need_is_let_go(autojump_clock: MockClock) -> None:
     async with toy_swarm((0, 4), (4, 8)) as swarm:
         swarm.hosts[1].draining = True
-        slow = await swarm.add(0, 8, delay=1.0)
+        slow = await swarm.add(0, 8, delay=0.002)
         async with twin_session(swarm, 8) as twin:
             await twin.step(2)
             assert [hop.peer for hop in twin.session.route] == [slow.peer]
@@ -205,7 +205,9 @@ async def test_a_cache_that_cannot_go_back_is_filled_anew(autojump_clock: MockCl
 
 
 @pytest.mark.parametrize("hypo_ids", [(), (1, 1, 0)], ids=["append", "reorder"])
-async def test_a_step_cancelled_at_any_moment_never_happened(autojump_clock: MockClock, hypo_ids: tuple[int, ...]) -> None:
+async def test_a_step_cancelled_at_any_moment_never_happened(
+    autojump_clock: MockClock, hypo_ids: tuple[int, ...]
+) -> None:
     """Three hops take 3 x (2 latencies + 4 ms) = 42 ms: cancelled every 2 ms of it."""
     async with toy_swarm() as swarm:
         for start, end in THREE:

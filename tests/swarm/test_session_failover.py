@@ -16,8 +16,8 @@ SPANS = ((0, 3), (3, 5), (5, 8))
 TWICE = (*SPANS, *SPANS)
 
 
-def kill_at(swarm: ToySwarm, host: ToyHost, step: int, *, answered: bool = False, then: bool = False) -> None:
-    """Kill `host` when it gets its step number `step`: before computing it, or (`answered`) before the answer is out."""
+def kill_at(swarm: ToySwarm, host: ToyHost, step: int, *, answered: bool = False) -> None:
+    """Kill `host` at its step number `step`: before computing it, or (`answered`) before the answer is out."""
     seen = 0
 
     def hook(_: Step) -> None:
@@ -143,7 +143,9 @@ async def test_patience_ends_and_a_later_step_tries_again(autojump_clock: MockCl
         swarm.kill(swarm.hosts[1])
         for rows in ((), (1, 0)):
             began = trio.current_time()
-            with pytest.raises(NoRoute, match=r"no host for blocks 3:5 within 120 s: no host serves blocks 3:5") as caught:
+            with pytest.raises(
+                NoRoute, match=r"no host for blocks 3:5 within 120 s: no host serves blocks 3:5"
+            ) as caught:
                 await twin.session.step(torch.ones(2, 1, HIDDEN), hypo_ids=rows)
             assert caught.value.details["missing"] == "3:5"
             assert trio.current_time() - began == pytest.approx(120, abs=1)
@@ -237,21 +239,20 @@ async def test_a_crashing_host_is_left(autojump_clock: MockClock) -> None:
 
 
 async def test_a_step_that_crashes_every_host_ends(autojump_clock: MockClock) -> None:
-    async with toy_swarm(*TWICE) as swarm:
-        async with twin_session(swarm, 8, options=SessionOptions(patience=40)) as twin:
-            await twin.step(5)
+    async with toy_swarm(*TWICE) as swarm, twin_session(swarm, 8, options=SessionOptions(patience=40)) as twin:
+        await twin.step(5)
 
-            def bug(step: Step) -> None:
-                if step.position == 5:
-                    raise ZeroDivisionError
+        def bug(step: Step) -> None:
+            if step.position == 5:
+                raise ZeroDivisionError
 
-            for host in swarm.hosts[1::3]:
-                host.before = bug
-            began = trio.current_time()
-            with pytest.raises(NoRoute):
-                await twin.step()
-            assert 40 <= trio.current_time() - began < 60
-            assert len(swarm.reported) < 20
+        for host in swarm.hosts[1::3]:
+            host.before = bug
+        began = trio.current_time()
+        with pytest.raises(NoRoute):
+            await twin.step()
+        assert 40 <= trio.current_time() - began < 60
+        assert len(swarm.reported) < 20
 
 
 async def test_an_answer_of_the_wrong_shape_is_a_failure(autojump_clock: MockClock) -> None:
@@ -268,21 +269,18 @@ async def test_an_answer_of_the_wrong_shape_is_a_failure(autojump_clock: MockClo
 
 
 async def test_a_host_that_hangs_but_lives_is_left_at_the_deadline(autojump_clock: MockClock) -> None:
-    async with toy_swarm(*TWICE) as swarm:
-        async with twin_session(swarm, 8, options=SessionOptions(step_timeout=30)) as twin:
-            await twin.step(5)
-            host = swarm.at(twin.session, 1)
-            host.delay = 1e6
-            began = trio.current_time()
-            await twin.step()
-            assert 30 <= trio.current_time() - began < 32
-            assert [(peer, type(error)) for peer, error in swarm.reported] == [(host.peer, DeadlineExceeded)]
+    async with toy_swarm(*TWICE) as swarm, twin_session(swarm, 8, options=SessionOptions(step_timeout=30)) as twin:
+        await twin.step(5)
+        host = swarm.at(twin.session, 1)
+        host.delay = 1e6
+        began = trio.current_time()
+        await twin.step()
+        assert 30 <= trio.current_time() - began < 32
+        assert [(peer, type(error)) for peer, error in swarm.reported] == [(host.peer, DeadlineExceeded)]
 
 
 @pytest.mark.parametrize(("times", "failovers"), [(3, 0), (9, 1)])
-async def test_a_busy_host_is_asked_again_for_a_while(
-    autojump_clock: MockClock, times: int, failovers: int
-) -> None:
+async def test_a_busy_host_is_asked_again_for_a_while(autojump_clock: MockClock, times: int, failovers: int) -> None:
     async with toy_swarm(*TWICE) as swarm, twin_session(swarm, 8, batch=2) as twin:
         await twin.step(5)
         host, left = swarm.at(twin.session, 1), times
@@ -336,27 +334,26 @@ async def test_a_failed_step_on_one_hop_leaves_the_others_at_rest(autojump_clock
 
 
 async def test_a_reorder_given_up_after_its_span_was_taken_over_by_two_hosts(autojump_clock: MockClock) -> None:
-    async with toy_swarm((0, 2), (2, 7), (7, 9)) as swarm:
-        async with twin_session(swarm, 9, batch=3) as twin:
-            await twin.step(6)
-            await swarm.add(2, 4)
-            await swarm.add(4, 7)
-            kill_at(swarm, swarm.at(twin.session, 1), 0)
-            last = swarm.hosts[2]
+    async with toy_swarm((0, 2), (2, 7), (7, 9)) as swarm, twin_session(swarm, 9, batch=3) as twin:
+        await twin.step(6)
+        await swarm.add(2, 4)
+        await swarm.add(4, 7)
+        kill_at(swarm, swarm.at(twin.session, 1), 0)
+        last = swarm.hosts[2]
 
-            def refuse(step: Step) -> None:
-                last.before = lambda step: None
-                raise BadStep("not this one")
+        def refuse(step: Step) -> None:
+            last.before = lambda step: None
+            raise BadStep("not this one")
 
-            last.before = refuse
-            with pytest.raises(BadStep, match="not this one"):
-                await twin.session.step(twin.tokens(2), hypo_ids=(1, 2, 2))
-            await twin.step()
-            assert len(twin.session.route) == 4
-            await swarm.add(3, 7)
-            swarm.kill(swarm.at(twin.session, 2))
-            await twin.step(hypo_ids=(2, 0, 0))
-            assert [len(host.sessions) for host in swarm.alive() if host.start in (0, 7)] == [1, 1]
+        last.before = refuse
+        with pytest.raises(BadStep, match="not this one"):
+            await twin.session.step(twin.tokens(2), hypo_ids=(1, 2, 2))
+        await twin.step()
+        assert len(twin.session.route) == 4
+        await swarm.add(3, 7)
+        swarm.kill(swarm.at(twin.session, 2))
+        await twin.step(hypo_ids=(2, 0, 0))
+        assert [len(host.sessions) for host in swarm.alive() if host.start in (0, 7)] == [1, 1]
 
 
 async def crowd(swarm: ToySwarm, count: int) -> list[Twin]:

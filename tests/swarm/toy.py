@@ -1,7 +1,7 @@
 """A toy model served over the simulated network: its outputs depend on every token before, so no fault stays hidden.
 
-All values are integers below a prime and exact in float32. A token's output in a block is a weighted sum of all tokens up
-to it, weighted by position: one lost, doubled, misplaced or taken from another row changes everything after it.
+All values are integers below a prime, exact in float32. A token's output in a block is a sum of all tokens up to it,
+weighted by position: one lost, doubled, misplaced or taken from another row changes everything after it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ToyHost(Actor[Any]):
     sessions: dict[bytes, ToyCache] = field(default_factory=dict)
     steps: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)  # position, tokens, hypo_ids
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    peer: PeerId = PeerId("")
+    peer: PeerId = field(init=False)
     addresses: tuple[Address, ...] = ()
 
     @property
@@ -202,13 +202,12 @@ class ToySwarm:
 @asynccontextmanager
 async def toy_swarm(*spans: tuple[int, int], seed: int = 0) -> AsyncIterator[ToySwarm]:
     network = MemoryNetwork(latency=LATENCY, seed=seed)
-    async with trio.open_nursery() as nursery:
-        async with network.open_transport() as transport:
-            swarm = ToySwarm(network, transport, nursery)
-            for start, end in spans:
-                await swarm.add(start, end)
-            yield swarm
-            nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as nursery, network.open_transport() as transport:
+        swarm = ToySwarm(network, transport, nursery)
+        for start, end in spans:
+            await swarm.add(start, end)
+        yield swarm
+        nursery.cancel_scope.cancel()
 
 
 class Twin:
