@@ -326,9 +326,9 @@ async def open_node(
 ) -> AsyncIterator[Node]:
     """Join the swarm of `peers` (full multiaddrs), or start one.
 
-    `listen` is a multiaddr such as "/ip4/0.0.0.0/tcp/4001" and makes the node a full member that helps others find hosts;
-    None listens on a free loopback port and asks others only. `identity` is a key
-    file, made if missing; None is a fresh identity. `transport` and `discovery` replace libp2p's (for tests,
+    `listen` is a multiaddr such as "/ip4/0.0.0.0/tcp/4001" and makes the node a full member that helps others find
+    hosts; None listens on a free loopback port and asks others only. `identity` is a key file, made if missing; None is
+    a fresh identity. `transport` and `discovery` replace libp2p's (for tests,
     simulations and other networks); give the transport's own `key` with them.
     Raises `ConfigError` for addresses that do not parse and a port in use.
     """

@@ -1,4 +1,4 @@
-"""The portal: one trio loop in a background thread, for code that is not trio's (scripts, notebooks, asyncio, generate()).
+"""The portal: one trio loop in a background thread, for code that is not trio's: scripts, notebooks, asyncio.
 
 `call` runs an async function there and waits for it; `enter` keeps an async context manager open there until `leave`.
 Every method may be called from any thread but the portal's own. A bridge costs about 0.2 ms.
@@ -52,7 +52,8 @@ class Portal:
         """Run `await function(*args)` in the portal's loop and return or raise what it does."""
         if not self._thread.is_alive():
             raise Closed("the portal is closed")
-        return trio.from_thread.run(function, *args, trio_token=self._token)
+        result: T = trio.from_thread.run(function, *args, trio_token=self._token)
+        return result
 
     def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
         """Enter `manager` in a task of its own in the portal; `leave(value)` or `close()` exits it there."""

@@ -1,4 +1,4 @@
-"""Sessions of a node: the text side (`models.generation`, in a worker thread) joined to the wire side (`routing.session`).
+"""Sessions of a node: text (`models.generation`, in a worker thread) joined to the wire (`routing.session`).
 
     async with node.session("smollm2") as session:
         async for text in session.chat("What is the capital of France?"):

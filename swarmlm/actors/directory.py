@@ -1,8 +1,8 @@
 """The directory: what this node believes about the swarm. One writer, many askers.
 
 It holds verified records only, each under a lease. A record is replaced by a higher sequence number of the same peer
-and vanishes when its lease ends, is withdrawn, or is reported dead and not renewed. It does no input or output: the scout
-(`actors/scout.py`) fetches, the announcer (`actors/announcer.py`) tells others.
+and vanishes when its lease ends, is withdrawn, or is reported dead and not renewed. It does no input or output: the
+scout (`actors/scout.py`) fetches, the announcer (`actors/announcer.py`) tells others.
 """
 
 from __future__ import annotations

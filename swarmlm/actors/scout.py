@@ -1,7 +1,7 @@
 """The scout: keeps a directory fresh by asking peers for theirs, and the discovery service for a first one.
 
-Asking a host costs one round trip for the whole directory; Kademlia costs many, so it is asked only when no peer that we
-know answers, or when what they know leaves a block without a host.
+Asking a host costs one round trip for the whole directory; Kademlia costs many, so it is asked only when no peer that
+we know answers, or when what they know leaves a block without a host.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Scout:
             await self._directory.call(Merge(tuple(leased)), deadline=5.0)
 
     async def probe(self, records: Sequence[HostRecord]) -> dict[PeerId, tuple[HostStatus, float]]:
-        """Load and round trip (ms) of each host that answers in time; those that do not are reported to the directory."""
+        """Load and round trip (ms) of each host that answers in time; the others are reported to the directory."""
         found: dict[PeerId, tuple[HostStatus, float]] = {}
 
         async def ask(record: HostRecord) -> None:

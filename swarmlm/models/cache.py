@@ -60,7 +60,7 @@ class SlabCache:
         }
 
 
-class _StepLayer(CacheLayerMixin):
+class _StepLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, index: int, step: StepCache) -> None:
         super().__init__()
         self._index = index
@@ -86,7 +86,7 @@ class _StepLayer(CacheLayerMixin):
         return -1
 
 
-class StepCache(Cache):
+class StepCache(Cache):  # type: ignore[misc]
     """The caches of the sessions in one forward, as one transformers `Cache`. `past` is the longest row's length."""
 
     def __init__(self, caches: Sequence[SlabCache], layers: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from swarmlm.errors import ContextTooLong
-from swarmlm.models.loading import Progress, build_meta_model, decoder_of, layers_name, load_into
+from swarmlm.models.loading import Progress, build_meta_model, decoder_of, layers_name, load_into, narrow_config
 from swarmlm.models.remote import RemoteCache, RemoteStack, SessionOpener, left_padding
 from swarmlm.models.source import Source
 
@@ -43,23 +43,12 @@ def load_client_model(
     stack = RemoteStack()
     setattr(decoder, name, nn.ModuleList([stack]))
     load_into(model, source, dtype=dtype, device=device, progress=progress)
-    _show_one_layer(model, source.num_blocks)
+    narrow_config(model, 0, 1, source.num_blocks)  # the family sees a model of one layer: the remote stack
     model.generation_config = source.generation_config()
     family = type(model)
     model.__class__ = type(f"Distributed{family.__name__}", (_Distributed, family), {})
     model._swarm = _Swarm(stack, open_session, source)
     return model
-
-
-def _show_one_layer(model: Any, blocks: int) -> None:
-    """The family's code sees a model of one layer: the remote stack."""
-    for config in {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }.values():
-        for field, value in list(vars(config).items()):
-            if isinstance(value, list) and len(value) == blocks:
-                setattr(config, field, value[:1])
-        config.num_hidden_layers = 1
 
 
 class _Swarm:

@@ -60,7 +60,17 @@ def layers_name(model: nn.Module) -> str:
     return _owner(model)[1]
 
 
-def _owner(model: nn.Module) -> tuple[Any, str]:
+def narrow_config(model: Any, start: int, end: int, blocks: int) -> None:
+    """Make the family's code see a model of layers [start, end): per-layer lists of that length, and their number."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        for field, value in list(vars(config).items()):
+            if isinstance(value, list) and len(value) == blocks:
+                setattr(config, field, value[start:end])
+        config.num_hidden_layers = end - start
+
+
+def _owner(model: Any) -> tuple[Any, str]:
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     candidates = [
         (module, name)

@@ -35,7 +35,7 @@ class BlockingSession(Protocol):
 SessionOpener = Callable[[int, int], BlockingSession]  # (batch, max_length)
 
 
-class _RemoteLayer(CacheLayerMixin):
+class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, cache: RemoteCache) -> None:
         super().__init__()
         self._cache = cache
@@ -64,7 +64,7 @@ class _RemoteLayer(CacheLayerMixin):
         self._cache.reorder(beam_idx)
 
 
-class RemoteCache(Cache):
+class RemoteCache(Cache):  # type: ignore[misc]
     """What transformers calls `past_key_values`: the length of a session, and what the next step must undo or reorder.
 
     Cropping and reordering send nothing: they travel with the next step. May be used for several `generate()` calls.
@@ -123,7 +123,8 @@ class RemoteStack(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         cache, padding = self._calls.current
-        return cache.step(hidden, padding).to(hidden.device, hidden.dtype)
+        output: torch.Tensor = cache.step(hidden, padding)
+        return output.to(hidden.device, hidden.dtype)
 
 
 def left_padding(attention_mask: torch.Tensor | None, rows: int) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """A span: consecutive blocks of any transformers decoder, run by the family's own code.
 
 The family's base model is built without weights; the layers that are not ours, the embeddings and the norms become
-stubs, and only our tensors are read. In a forward, the hidden state enters at our first block and is taken out after our
-last, so nothing the family does before or after its layers (scaling, positions, norms) touches it.
+stubs, and only our tensors are read. In a forward, the hidden state enters at our first block and is taken out after
+our last, so nothing the family does before or after its layers (scaling, positions, norms) touches it.
 
 A session may run a part of the span (a route can enter at any block): the other blocks pass its hidden state by.
 """
@@ -23,7 +23,7 @@ from torch import nn
 
 from swarmlm.errors import BadSpan, BadStep, ContextTooLong
 from swarmlm.models.cache import DynamicState, SlabCache, StepCache, keeps_plain_keys
-from swarmlm.models.loading import Progress, build_meta_model, decoder_of, layers_name, load_into
+from swarmlm.models.loading import Progress, build_meta_model, decoder_of, layers_name, load_into, narrow_config
 from swarmlm.models.source import Source
 
 MEASURED_STEPS = 5  # one-token steps timed after warm-up; the median is announced
@@ -189,7 +189,7 @@ class Span:
             for indices in together.values():
                 output = self._forward([jobs[index] for index in indices])
                 sizes = [jobs[index].cache.batch for index in indices]
-                for index, part in zip(indices, output.split(sizes), strict=True):
+                for index, part in zip(indices, torch.split(output, sizes), strict=True):
                     outputs[index] = part
         return [output for output in outputs if output is not None]
 
@@ -320,10 +320,4 @@ def _rebase(model: Any, layers: nn.ModuleList, start: int, end: int, blocks: int
         for field in ("layer_idx", "layer_id", "layer_number"):
             if isinstance(index := getattr(module, field, None), int):
                 setattr(module, field, index - start)
-    for config in {
-        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
-    }.values():
-        for field, value in list(vars(config).items()):
-            if isinstance(value, list) and len(value) == blocks:
-                setattr(config, field, value[start:end])
-        config.num_hidden_layers = end - start
+    narrow_config(model, start, end, blocks)

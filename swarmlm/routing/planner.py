@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from heapq import heappop, heappush
 from itertools import pairwise
 
 import numpy as np
@@ -26,6 +27,7 @@ from swarmlm.protocol import PeerId
 from swarmlm.routing.graph import HostView, PathHop
 
 TICK_MS = 2.0**-20  # milliseconds, about 1 ns: finer than any clock that measured them
+MAX_PLANS = 200  # paths tried for a swarm whose memory is nearly full: about a second with a thousand hosts
 HOP_MS = 2.0**-32  # milliseconds: 4096 hops, the most there can be, stay under one TICK_MS
 
 Interval = tuple[int, int]
@@ -37,8 +39,8 @@ def plan(hosts: Sequence[HostView], start: int, end: int) -> list[PathHop]:
 
     Raises `NoRoute` with the detail `missing` (blocks that no host serves, "7:8, 20:30") or `full` (blocks whose hosts
     have no KV memory left for the session; with `needed` and `free` in bytes if the views tell), and `BadSpan`.
-    A host used in several hops must have memory for all of them: a path that breaks this is mended greedily, keeping
-    one hop of that host, so in this rare case the path found may not be the least.
+    A host used in several hops has memory for all of them together. When the least path breaks this, the least of those
+    is taken whose hops of one host lie within `max_blocks` of each other.
     """
     if not 0 <= start < end:
         raise BadSpan(f"blocks {start}:{end} are no span")
@@ -47,19 +49,9 @@ def plan(hosts: Sequence[HostView], start: int, end: int) -> list[PathHop]:
     if shortage := _shortage(serving, usable, start, end):
         raise shortage
     path = _least(usable, start, end)
-    while crowded := _crowded(path, usable):
-        mended: list[tuple[float, int, list[PathHop], list[HostView]]] = []
-        for kept in (hop for hop in path if hop.peer == crowded):
-            narrowed = [
-                replace(host, start=kept.start, end=kept.end) if host.peer == crowded else host for host in usable
-            ]
-            if not _gaps(narrowed, start, end):
-                candidate = _least(narrowed, start, end)
-                mended.append((_cost(candidate, narrowed), len(mended), candidate, narrowed))
-        if not mended:
-            raise _no_memory(serving, [(hop.start, hop.end) for hop in path if hop.peer == crowded], start, end)
-        _, _, path, usable = min(mended, key=lambda option: option[:2])
-    return path
+    if _crowded(path, usable) is None:
+        return path
+    return _least_within_memory(path, usable, start, end)
 
 
 def coverage(spans: Iterable[Interval], blocks: int) -> list[tuple[int, int, int]]:
@@ -130,6 +122,30 @@ def _least(hosts: Sequence[HostView], start: int, end: int) -> list[PathHop]:
     return path[::-1]
 
 
+def _least_within_memory(path: list[PathHop], hosts: list[HostView], start: int, end: int) -> list[PathHop]:
+    """Best first: the cheapest path is taken; if it asks too much of a host, that host is held to each stretch it has
+    memory for, one after another. Restricting hosts only makes paths dearer, so the first path that fits is the least.
+    """
+    queue = [(_cost(path, hosts), 0, path, hosts)]
+    pushed = 0
+    while queue and pushed < MAX_PLANS:
+        _, _, path, hosts = heappop(queue)
+        crowded = _crowded(path, hosts)
+        if crowded is None:
+            return path
+        host = next(host for host in hosts if host.peer == crowded)
+        others = [other for other in hosts if other.peer != crowded]
+        low, high = max(host.start, start), min(host.end, end)
+        for first in range(low, high - host.max_blocks + 1):
+            held = replace(host, start=first, end=first + host.max_blocks)
+            narrowed = sorted([*others, held], key=lambda host: host.peer)
+            if not _gaps(narrowed, start, end):
+                pushed += 1
+                candidate = _least(narrowed, start, end)
+                heappush(queue, (_cost(candidate, narrowed), pushed, candidate, narrowed))
+    raise _no_memory(hosts, [(start, end)])
+
+
 def _ticks(times: Sequence[float]) -> _Floats:
     rounded: _Floats = np.round(np.array(times, dtype=np.float64) / TICK_MS) * TICK_MS
     return rounded
@@ -171,11 +187,11 @@ def _shortage(serving: Sequence[HostView], usable: Sequence[HostView], start: in
         what = f"block {missing[0][0]} ({where})" if single else f"blocks {where}"
         return NoRoute(f"no host serves {what}{asked}", missing=where)
     if full := _gaps(usable, start, end):
-        return _no_memory(serving, full, start, end)
+        return _no_memory(serving, full)
     return None
 
 
-def _no_memory(serving: Sequence[HostView], full: Sequence[Interval], start: int, end: int) -> NoRoute:
+def _no_memory(serving: Sequence[HostView], full: Sequence[Interval]) -> NoRoute:
     where = interval_text(full)
     text = f"the hosts of blocks {where} have no KV memory left for this session"
     there = [host for host in serving if any(max(host.start, low) < min(host.end, high) for low, high in full)]

@@ -1,0 +1,88 @@
+"""Values to text. Pure: no input or output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from swarmlm.config import DEFAULT_MODEL, format_size
+
+
+def serve_banner(handle: Any, model: str, addresses: Sequence[str]) -> str:
+    """What a ready host prints: what it serves, where, and how others join."""
+    name = "" if model == DEFAULT_MODEL else f"{model} "
+    lines = [
+        f"serving blocks {handle.start}:{handle.end} of {handle.model} ({handle.blocks} blocks, {handle.dtype}, "
+        f"{format_size(handle.kv_total)} for KV caches, {handle.block_ms:.2f} ms a block)",
+        *(f"address: {address}" for address in addresses),
+        f"to join: swarmlm serve {name}--peers {addresses[0]} --blocks A:B",
+        f"to chat: swarmlm chat {name}--peers {addresses[0]}",
+    ]
+    return "\n".join(lines)
+
+
+def answer_json(result: Any, route: Sequence[Any], failovers: int) -> str:
+    """One line for `chat --json`."""
+    return json.dumps(
+        {
+            "text": result.text,
+            "tokens": result.tokens,
+            "tokens_per_second": round(result.tokens_per_second, 3),
+            "route": [{"peer": hop.peer, "start": hop.start, "end": hop.end, "ms": round(hop.ms, 3)} for hop in route],
+            "failovers": failovers,
+        },
+        ensure_ascii=False,
+    )
+
+
+def route_table(route: Sequence[Any]) -> str:
+    rows = [(f"{hop.start}:{hop.end}", hop.peer, f"{hop.ms:.1f} ms") for hop in route]
+    return table(("blocks", "peer", "a step"), rows)
+
+
+def stats_table(stats: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in stats.items())
+
+
+def status_table(status: Any) -> str:
+    """Hosts, then what they cover."""
+    rows = [
+        (
+            f"{host.start}:{host.end}",
+            host.peer,
+            host.state,
+            f"{format_size(host.kv_free)} of {format_size(host.kv_total)}",
+            str(host.sessions),
+            str(host.queue),
+            f"{host.block_ms:.2f}",
+            f"{host.rtt_ms:.1f}" if host.rtt_ms is not None else "-",
+            host.dtype,
+        )
+        for host in sorted(status.hosts, key=lambda host: (host.start, host.end, host.peer))
+    ]
+    heads = ("blocks", "peer", "state", "free KV", "sessions", "queue", "ms/block", "rtt ms", "dtype")
+    spans = ", ".join(f"{start}:{end} x{replicas}" for start, end, replicas in status.coverage if replicas)
+    holes = ", ".join(f"{start}:{end}" for start, end in status.holes)
+    summary = f"{status.model}: {status.blocks} blocks; covered {spans or 'nowhere'}"
+    summary += f"; nobody serves {holes}" if holes else "; complete"
+    return f"{table(heads, rows)}\n{summary}" if rows else summary
+
+
+def status_json(status: Any) -> str:
+    return json.dumps(
+        {
+            "model": status.model,
+            "blocks": status.blocks,
+            "hosts": [{name: getattr(host, name) for name in host.__dataclass_fields__} for host in status.hosts],
+            "coverage": status.coverage,
+            "holes": status.holes,
+        }
+    )
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
