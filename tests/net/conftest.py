@@ -70,7 +70,9 @@ def swarm(tmp_path: Path) -> Iterator[LocalSwarm]:
         yield local
 
 
-@pytest.fixture(scope="module")
-def module_swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    with LocalSwarm(tmp_path_factory.mktemp("swarm")) as local:
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    """Two hosts, 0:15 and 15:30, shared by the tests that leave them as they were."""
+    with LocalSwarm(tmp_path_factory.mktemp("pair")) as local:
+        local.serve_spans("0:15", "15:30")
         yield local

@@ -17,9 +17,9 @@ from tests.net.conftest import PROMPTS, Reference
 from tests.net.harness import HostProcess, LocalSwarm, run_cli
 
 
-@pytest.fixture(scope="module")
-def hosts(module_swarm: LocalSwarm) -> list[HostProcess]:
-    return module_swarm.serve_spans("0:15", "15:30")
+@pytest.fixture
+def hosts(pair: LocalSwarm) -> list[HostProcess]:
+    return pair.hosts
 
 
 def one_line(*arguments: str, timeout: float = 120.0) -> str:

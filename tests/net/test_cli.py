@@ -46,12 +46,14 @@ def test_serve_chat_status_and_a_clean_leave(swarm: LocalSwarm, reference: Refer
     assert first.terminate() == 0
 
 
-def test_a_conversation_on_a_terminal_less_stdin_keeps_its_session(swarm: LocalSwarm) -> None:
-    first, _ = swarm.serve_spans("0:15", "15:30")
-    script = "My name is Ada.\nWhat is my name?\n/route\n/stats\n/reset\n/quit\n"
-    done = run_cli("chat", "--peers", first.address, "--max-tokens", "40", stdin=script)
+def test_a_conversation_from_a_pipe(pair: LocalSwarm) -> None:
+    script = "What is the capital of France?\nAnd of Italy?\n/route\n/stats\n/reset\n/nonsense\n/help\n/quit\n"
+    done = run_cli("chat", "--peers", pair.addresses[0], "--max-tokens", "24", stdin=script)
     assert done.returncode == 0, done.stderr
-    assert "Ada" in done.stdout
+    assert "Paris" in done.stdout
+    assert "Rome" in done.stdout
+    assert "answers: 2" in done.stdout
+    assert "there is no /nonsense" in done.stderr
     assert "0:15" in done.stdout
     assert "15:30" in done.stdout
 

@@ -37,11 +37,10 @@ async def test_greedy_tokens_equal_local_transformers(
 
 
 async def test_eight_chats_at_once_are_exact_and_faster_together(
-    swarm: LocalSwarm, reference: Reference, record_property
+    pair: LocalSwarm, reference: Reference
 ) -> None:
-    swarm.serve_spans("0:15", "15:30")
     prompts = [f"{prompt} ({number})" for number, prompt in enumerate([*PROMPTS, *PROMPTS[:3]])]
-    async with swarmlm.open_node(swarm.addresses) as node:
+    async with swarmlm.open_node(pair.addresses) as node:
         async with node.session("smollm2", max_length=256) as session:
             await greedy(session, reference.chat_ids(prompts[0]), 8)
             await session.reset()
@@ -88,11 +87,9 @@ async def test_the_session_over_budget_is_refused_at_once_and_taken_after_one_en
                 assert session.failovers == 0
 
 
-async def test_transformers_generate_over_the_swarm_equals_local(swarm: LocalSwarm, reference: Reference) -> None:
-    swarm.serve_spans("0:15", "15:30")
-
+async def test_transformers_generate_over_the_swarm_equals_local(pair: LocalSwarm, reference: Reference) -> None:
     def both() -> None:
-        model = swarmlm.AutoDistributedModelForCausalLM.from_pretrained("smollm2", initial_peers=swarm.addresses)
+        model = swarmlm.AutoDistributedModelForCausalLM.from_pretrained("smollm2", initial_peers=pair.addresses)
         try:
             ids = reference.chat_ids(PROMPTS[1])
             out = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)

@@ -121,24 +121,27 @@ async def test_a_span_is_taken_over_by_two_hosts(autojump_clock: MockClock) -> N
 
 async def test_the_only_holder_dies_and_another_joins_20_seconds_later(autojump_clock: MockClock) -> None:
     events: list[SessionEvent] = []
-    async with toy_swarm(*SPANS) as swarm:
-        async with twin_session(swarm, 8, events=events) as twin, trio.open_nursery() as nursery:
-            await twin.step(5)
-            swarm.kill(swarm.hosts[1])
-            began = trio.current_time()
+    async with (
+        toy_swarm(*SPANS) as swarm,
+        twin_session(swarm, 8, events=events) as twin,
+        trio.open_nursery() as nursery,
+    ):
+        await twin.step(5)
+        swarm.kill(swarm.hosts[1])
+        began = trio.current_time()
 
-            async def join() -> None:
-                await trio.sleep(20)
-                await swarm.add(3, 5)
+        async def join() -> None:
+            await trio.sleep(20)
+            await swarm.add(3, 5)
 
-            nursery.start_soon(join)
-            await twin.step()
-            seconds = trio.current_time() - began
-            print(f"\nonly holder killed, another joins after 20 s: step took {seconds:.2f} s")
-            assert 20 < seconds < 21
-            assert [event.kind for event in events] == ["failover", "waiting", "recovered"]
-            assert "waiting for a host for blocks 3:5" in events[1].text
-            assert events[2].seconds == pytest.approx(seconds, abs=0.1)
+        nursery.start_soon(join)
+        await twin.step()
+        seconds = trio.current_time() - began
+        print(f"\nonly holder killed, another joins after 20 s: step took {seconds:.2f} s")
+        assert 20 < seconds < 21
+        assert [event.kind for event in events] == ["failover", "waiting", "recovered"]
+        assert "waiting for a host for blocks 3:5" in events[1].text
+        assert events[2].seconds == pytest.approx(seconds, abs=0.1)
 
 
 async def test_patience_ends_and_a_later_step_tries_again(autojump_clock: MockClock) -> None:
