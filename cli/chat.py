@@ -153,14 +153,15 @@ async def _lines() -> AsyncIterator[str]:
     """What the user types, one message a line; ends at Ctrl-D."""
     import trio
 
+    abandon: dict[str, Any] = {"abandon_on_cancel": True}  # a thread that reads a terminal cannot be cancelled
     if not sys.stdin.isatty():
-        while line := await trio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
+        while line := await trio.to_thread.run_sync(sys.stdin.readline, **abandon):
             yield line.strip()
         return
     from .terminal import Prompt
 
     prompt = Prompt()
-    while (typed := await trio.to_thread.run_sync(prompt.ask, abandon_on_cancel=True)) is not None:
+    while (typed := await trio.to_thread.run_sync(prompt.ask, **abandon)) is not None:
         yield typed.strip()
 
 

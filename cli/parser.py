@@ -68,21 +68,19 @@ Ctrl-C or SIGTERM leaves the swarm.""",
     parser.add_argument(
         "--listen", metavar="MULTIADDR", help="where to accept connections (default: /ip4/127.0.0.1/tcp/0, a free port)"
     )
-    parser.add_argument(
-        "--identity", metavar="FILE", help="key file, made if missing, so that the peer id stays the same"
-    )
+    parser.add_argument("--identity", metavar="FILE", help="key file, made if missing: keeps the peer id")
     parser.add_argument(
         "--kv-memory",
         metavar="SIZE",
-        help="memory for the sessions' KV caches, like 512MiB or 2GB (default: a quarter of what is free, at most 1GiB)",
+        help="memory for the sessions' KV caches, like 512MiB or 2GB (default: a quarter of what is free, up to 1GiB)",
     )
     parser.add_argument(
         "--dtype",
         metavar="D",
-        help="float32, bfloat16 or float16 (default: float32 on CPU, the checkpoint's own on GPU)",
+        help="float32, bfloat16 or float16 (default: float32 on CPU, else the checkpoint's)",
     )
     parser.add_argument(
-        "--device", metavar="DEV", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there)"
+        "--device", metavar="DEV", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda, else cpu)"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="compute threads (default: torch's choice)")
     parser.add_argument("--address-file", metavar="FILE", help="write the full address here when ready")

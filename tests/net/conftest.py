@@ -23,8 +23,9 @@ class Reference:
     """Local transformers on the embedded default model, float32."""
 
     def __init__(self) -> None:
-        from swarmlm.models.embedded import embedded_gguf
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from swarmlm.models.embedded import embedded_gguf
 
         torch.set_num_threads(1)
         path = embedded_gguf()

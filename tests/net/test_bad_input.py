@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -38,8 +39,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny")
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, max_position_embeddings=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -144,8 +150,6 @@ async def send_bad_frames(hosts: list[HostProcess]) -> None:
                 bad = bad[: random.randrange(1, len(bad))]
             else:
                 bad[random.randrange(len(bad))] ^= 1 << random.randrange(8)
-            try:
+            with contextlib.suppress(swarmlm.SwarmError):
                 await stream.send([bytes(bad)])
-            except swarmlm.SwarmError:
-                pass
             await stream.aclose()

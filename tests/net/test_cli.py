@@ -61,7 +61,11 @@ def test_a_conversation_from_a_pipe(pair: LocalSwarm) -> None:
 def test_sigterm_ends_a_local_swarm_with_its_children() -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "swarmlm.cli", "chat"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment(), text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(),
+        text=True,
     )
     assert process.stdin is not None
     process.stdin.write("Say hello.\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import signal
 import time
 
 import pytest
@@ -40,18 +40,20 @@ async def test_killed_replicas_do_not_change_a_token(
     hosts = swarm.serve_spans("0:15", *["15:30"] * (len(kills) + 1))
     ids = reference.chat_ids(PROMPTS[2])
     events: list[str] = []
-    async with swarmlm.open_node([hosts[0].address]) as node:
-        async with node.session("smollm2", max_length=256, on_event=lambda e: events.append(e.text)) as session:
-            watch = Stopwatch()
-            seen = 0
-            async for _ in session.generate(ids, max_tokens=NEW_TOKENS):
-                watch.lap()
-                seen += 1
-                if seen in kills:
-                    await trio.to_thread.run_sync(serving(hosts, session, 20).kill)
-                    watch.last = time.perf_counter()
-            assert session.failovers == len(kills), events
-            tokens = list(session.last.tokens)
+    async with (
+        swarmlm.open_node([hosts[0].address]) as node,
+        node.session("smollm2", max_length=256, on_event=lambda event: events.append(event.text)) as session,
+    ):
+        watch = Stopwatch()
+        seen = 0
+        async for _ in session.generate(ids, max_tokens=NEW_TOKENS):
+            watch.lap()
+            seen += 1
+            if seen in kills:
+                await trio.to_thread.run_sync(serving(hosts, session, 20).kill)
+                watch.last = time.perf_counter()
+        assert session.failovers == len(kills), events
+        tokens = list(session.last.tokens)
     reference.assert_exact(ids, tokens, NEW_TOKENS)
     usual = sorted(watch.gaps)[len(watch.gaps) // 2]
     worst = sorted(watch.gaps[1:])[-len(kills) :]
@@ -63,20 +65,22 @@ async def test_when_the_only_holder_dies_the_session_waits_for_another(swarm: Lo
     hosts = swarm.serve_spans("0:15", "15:30")
     ids = reference.chat_ids(PROMPTS[2])
     events: list[swarmlm.SessionEvent] = []
-    async with swarmlm.open_node([hosts[0].address]) as node:
-        async with node.session("smollm2", max_length=256, on_event=events.append) as session:
-            seen = 0
-            killed_at = 0.0
-            async for _ in session.generate(ids, max_tokens=NEW_TOKENS):
-                seen += 1
-                if seen == 20:
-                    await trio.to_thread.run_sync(hosts[1].kill)
-                    killed_at = time.perf_counter()
-                    swarm.serve("--blocks", "15:30", peers=[hosts[0].address])
-                elif killed_at and events and seen > 21:
-                    print(f"\nwaited {time.perf_counter() - killed_at:.1f} s: {[event.text for event in events]}")
-                    killed_at = 0.0
-            tokens = list(session.last.tokens)
+    async with (
+        swarmlm.open_node([hosts[0].address]) as node,
+        node.session("smollm2", max_length=256, on_event=events.append) as session,
+    ):
+        seen = 0
+        killed_at = 0.0
+        async for _ in session.generate(ids, max_tokens=NEW_TOKENS):
+            seen += 1
+            if seen == 20:
+                await trio.to_thread.run_sync(hosts[1].kill)
+                killed_at = time.perf_counter()
+                swarm.serve("--blocks", "15:30", peers=[hosts[0].address])
+            elif killed_at and events and seen > 21:
+                print(f"\nwaited {time.perf_counter() - killed_at:.1f} s: {[event.text for event in events]}")
+                killed_at = 0.0
+        tokens = list(session.last.tokens)
     assert any(event.kind == "waiting" and "15:30" in event.text for event in events)
     reference.assert_exact(ids, tokens, NEW_TOKENS)
 
@@ -85,16 +89,15 @@ async def test_a_stopped_process_is_noticed_and_left(swarm: LocalSwarm, referenc
     """SIGSTOP: the sockets stay open and silent, only heartbeats can tell."""
     hosts = swarm.serve_spans("0:15", "15:30", "15:30")
     ids = reference.chat_ids(PROMPTS[3])
-    async with swarmlm.open_node([hosts[0].address]) as node:
-        async with node.session("smollm2", max_length=256) as session:
-            seen, started = 0, 0.0
-            async for _ in session.generate(ids, max_tokens=32):
-                seen += 1
-                if seen == 10:
-                    subprocess.run(["kill", "-STOP", str(serving(hosts, session, 20).process.pid)], check=True)
-                    started = time.perf_counter()
-                elif seen == 12:
-                    print(f"\nleft a silent host after {time.perf_counter() - started:.1f} s")
-            assert session.failovers == 1
-            tokens = list(session.last.tokens)
+    async with swarmlm.open_node([hosts[0].address]) as node, node.session("smollm2", max_length=256) as session:
+        seen, started = 0, 0.0
+        async for _ in session.generate(ids, max_tokens=32):
+            seen += 1
+            if seen == 10:
+                subprocess.run(["kill", "-STOP", str(serving(hosts, session, 20).process.pid)], check=True)
+                started = time.perf_counter()
+            elif seen == 12:
+                print(f"\nleft a silent host after {time.perf_counter() - started:.1f} s")
+        assert session.failovers == 1
+        tokens = list(session.last.tokens)
     reference.assert_exact(ids, tokens, 32)

@@ -99,7 +99,7 @@ async def test_a_forged_record_is_refused(directory: Ref[DirectoryRole]) -> None
 
 async def test_an_expired_or_future_record_is_refused(directory: Ref[DirectoryRole]) -> None:
     for offset in (-1000.0, 1000.0):
-        with pytest.raises(ProtocolError, match="expired|future"):
+        with pytest.raises(ProtocolError, match=r"expired|future"):
             await directory.call(Publish(signed(ONE, issued=time.time() + offset)), deadline=1)
     assert await sequences(directory) == {}
 

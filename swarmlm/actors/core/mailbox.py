@@ -157,12 +157,13 @@ class Mailbox(Generic[A]):
             request.fail(error)
 
     def close(self) -> None:
-        """The actor is gone for good: every caller, waiting or taken, gets `Closed`, now and from here on."""
+        """The actor is gone for good: every caller, waiting or taken, gets `Closed`, now and from here on.
+
+        Senders that wait for a place are woken one by the other: the places given up here are passed on by each.
+        """
         self._closed = True
         for request in [*self._taken, *self._waiting]:
             request.fail(self._closed_error())
-        for _ in range(self._room.statistics().tasks_waiting):
-            self._room.release()
 
     def _pop(self) -> Request | None:
         request, _ = self._waiting.popitem(last=False)
