@@ -57,7 +57,8 @@ class Portal:
 
     def enter(self, manager: AbstractAsyncContextManager[T]) -> T:
         """Enter `manager` in a task of its own in the portal; `leave(value)` or `close()` exits it there."""
-        return self.call(self._enter, manager)
+        value: T = self.call(self._enter, manager)
+        return value
 
     async def _enter(self, manager: AbstractAsyncContextManager[T]) -> T:
         assert self._nursery is not None

@@ -94,7 +94,7 @@ async def test_a_stopped_process_is_noticed_and_left(swarm: LocalSwarm, referenc
         async for _ in session.generate(ids, max_tokens=32):
             seen += 1
             if seen == 10:
-                subprocess.run(["kill", "-STOP", str(serving(hosts, session, 20).process.pid)], check=True)
+                serving(hosts, session, 20).process.send_signal(signal.SIGSTOP)
                 started = time.perf_counter()
             elif seen == 12:
                 print(f"\nleft a silent host after {time.perf_counter() - started:.1f} s")

@@ -98,8 +98,8 @@ class Mailbox(Generic[A]):
             raise ValueError(f"a mailbox needs room for at least one message, not {size}")
         self.name = name
         self._size = size
-        self._room = trio.Semaphore(size)
         self._waiting: OrderedDict[Request, None] = OrderedDict()
+        self._blocked: OrderedDict[Request, trio.Event] = OrderedDict()  # senders without a place, oldest first
         self._taken: set[Request] = set()
         self._readers = trio.lowlevel.ParkingLot()
         self._closed = False
@@ -113,18 +113,30 @@ class Mailbox(Generic[A]):
         Not a checkpoint when there is room: the caller waits for its answer right after.
         """
         self._check_open()
-        try:
-            self._room.acquire_nowait()
-        except trio.WouldBlock:
-            if not wait:
-                raise Busy(f"{self.name} is busy: {self._size} messages are waiting", waiting=self._size) from None
-            await self._room.acquire()
-            if self._closed:
-                self._room.release()
-                self._check_open()
         request._mailbox = self
+        if len(self._waiting) < self._size:
+            self._queue(request)
+            return
+        if not wait:
+            raise Busy(f"{self.name} is busy: {self._size} messages are waiting", waiting=self._size)
+        queued = self._blocked[request] = trio.Event()
+        try:
+            await queued.wait()
+        finally:
+            self._blocked.pop(request, None)
+        if self._closed:
+            self._check_open()
+
+    def _queue(self, request: Request) -> None:
         self._waiting[request] = None
         self._readers.unpark()
+
+    def _give_place(self) -> None:
+        """A place is free: the sender that has waited longest is queued, in that order, before it even wakes up."""
+        if self._blocked and not self._closed:
+            request, queued = self._blocked.popitem(last=False)
+            self._queue(request)
+            queued.set()
 
     async def get(self) -> Request:
         """The next request somebody still wants. A checkpoint."""
@@ -149,7 +161,7 @@ class Mailbox(Generic[A]):
         self._taken.discard(request)
         if request in self._waiting:
             del self._waiting[request]
-            self._room.release()
+            self._give_place()
 
     def fail_taken(self, error: Exception) -> None:
         """The actor crashed: whoever it had taken a request from hears so. Waiting requests stay for its successor."""
@@ -157,17 +169,16 @@ class Mailbox(Generic[A]):
             request.fail(error)
 
     def close(self) -> None:
-        """The actor is gone for good: every caller, waiting or taken, gets `Closed`, now and from here on.
-
-        Senders that wait for a place are woken one by the other: the places given up here are passed on by each.
-        """
+        """The actor is gone for good: every caller, waiting or taken, gets `Closed`, now and from here on."""
         self._closed = True
         for request in [*self._taken, *self._waiting]:
             request.fail(self._closed_error())
+        for queued in self._blocked.values():
+            queued.set()
 
     def _pop(self) -> Request | None:
         request, _ = self._waiting.popitem(last=False)
-        self._room.release()
+        self._give_place()
         if request.abandoned:
             request.fail(DeadlineExceeded(f"{self.name} did not come to {type(request.message).__name__} in time"))
             return None
