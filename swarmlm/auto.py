@@ -14,10 +14,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from swarmlm.bridge import Bridge
 from swarmlm.node import Node, open_node, resolve_dtype
 from swarmlm.portal import Portal
 from swarmlm.routing.session import SessionEvent, open_session
-from swarmlm.session import Bridge, SwarmView
+from swarmlm.view import SwarmView
 
 log = logging.getLogger("swarmlm")
 

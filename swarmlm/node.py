@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from swarmlm.actors.core import Ref, Supervisor, open_supervisor
+from swarmlm.actors.core.groups import unwrapped
 from swarmlm.actors.directory import Directory
 from swarmlm.actors.links import Links
 from swarmlm.actors.scout import Scout
@@ -336,30 +337,31 @@ async def open_node(
     for seed in seeds:
         peer_of(seed)
     kademlia: Any = None
-    async with AsyncExitStack() as stack:
-        if transport is None:
-            from swarmlm.transport.libp2p import open_kademlia, open_libp2p
+    with unwrapped():
+        async with AsyncExitStack() as stack:
+            if transport is None:
+                from swarmlm.transport.libp2p import open_kademlia, open_libp2p
 
-            key = Identity.load_or_create(Path(identity)) if identity else Identity.generate()
-            where = [Address(listen or "/ip4/127.0.0.1/tcp/0")]
-            libp2p = await stack.enter_async_context(open_libp2p(key, listen=where))
-            kademlia = await stack.enter_async_context(open_kademlia(libp2p, server=listen is not None))
-            transport, discovery = libp2p, kademlia
-        elif key is None:
-            raise ConfigError("a transport of your own needs its key beside it")
-        supervisor = await stack.enter_async_context(open_supervisor())
-        nursery = await stack.enter_async_context(trio.open_nursery())
-        stack.callback(nursery.cancel_scope.cancel)
-        links = Links(transport, nursery)
-        directory = await supervisor.start(Directory, name="directory")
-        links.route({GetDirectory: directory, Publish: directory})
-        node = Node(transport, key, discovery or NoDiscovery(), supervisor, directory, links, seeds, nursery)
-        if kademlia is not None:
-            nursery.start_soon(_join, kademlia, seeds)
-        try:
-            yield node
-        finally:
-            await node.drain()
+                key = Identity.load_or_create(Path(identity)) if identity else Identity.generate()
+                where = [Address(listen or "/ip4/127.0.0.1/tcp/0")]
+                libp2p = await stack.enter_async_context(open_libp2p(key, listen=where))
+                kademlia = await stack.enter_async_context(open_kademlia(libp2p, server=listen is not None))
+                transport, discovery = libp2p, kademlia
+            elif key is None:
+                raise ConfigError("a transport of your own needs its key beside it")
+            supervisor = await stack.enter_async_context(open_supervisor())
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(nursery.cancel_scope.cancel)
+            links = Links(transport, nursery)
+            directory = await supervisor.start(Directory, name="directory")
+            links.route({GetDirectory: directory, Publish: directory})
+            node = Node(transport, key, discovery or NoDiscovery(), supervisor, directory, links, seeds, nursery)
+            if kademlia is not None:
+                nursery.start_soon(_join, kademlia, seeds)
+            try:
+                yield node
+            finally:
+                await node.drain()
 
 
 async def _join(kademlia: Any, seeds: Sequence[Address]) -> None:

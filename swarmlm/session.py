@@ -14,19 +14,17 @@ import functools
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import torch
 import trio
 
-from swarmlm.actors.core import Connection
-from swarmlm.errors import Closed, ContextTooLong, SwarmError, WrongModel
+from swarmlm.bridge import Bridge, GrowingSession
+from swarmlm.errors import Closed, ContextTooLong
 from swarmlm.models.generation import StreamDecoder, TextSession
-from swarmlm.protocol import Address, PeerId
-from swarmlm.routing.graph import HostView
-from swarmlm.routing.session import Session, SessionEvent, open_session
+from swarmlm.routing.session import SessionEvent, open_session
+from swarmlm.view import SwarmView
 
 if TYPE_CHECKING:
     from swarmlm.models.source import Source
@@ -36,159 +34,6 @@ OnEvent = Callable[[SessionEvent], None]
 
 DEFAULT_LENGTH = 2048  # tokens reserved when nobody said how many: a long chat, 3 MB of KV a block at 135M size
 DEFAULT_NEW_TOKENS = 512  # tokens of one answer
-
-
-class SwarmView:
-    """One model's hosts as `routing.session` wants to see them: measured candidates, and links to them."""
-
-    def __init__(self, node: Node, model: str) -> None:
-        self._node = node
-        self._model = model
-        self._addresses: dict[PeerId, tuple[Address, ...]] = {}
-
-    async def views(self, model: str, fingerprint: str, *, max_length: int, batch: int, fresh: bool) -> list[HostView]:
-        scout = self._node.scout
-        records = () if fresh else await scout.hosts(model)
-        if not records:
-            records = await scout.refresh(model)
-        if records and not any(record.fingerprint == fingerprint for record in records):
-            raise WrongModel(f"the hosts found serve another {model} than this one (their configuration differs)")
-        ours = [record for record in records if record.fingerprint == fingerprint and record.state == "online"]
-        probed = await scout.probe(ours)
-        views = []
-        for record in ours:
-            peer = PeerId(record.peer)
-            if peer not in probed or probed[peer][0].state != "online":
-                continue
-            status, rtt_ms = probed[peer]
-            block_bytes = max(1, status.kv_token_bytes * max_length * batch)
-            self._addresses[peer] = tuple(Address(address) for address in record.addresses)
-            views.append(
-                HostView(
-                    peer=peer,
-                    start=record.start,
-                    end=record.end,
-                    rtt_ms=rtt_ms,
-                    queue_ms=status.queue * status.block_ms * (record.end - record.start),
-                    block_ms=status.block_ms,
-                    max_blocks=status.kv_free // block_bytes,
-                    kv_free=status.kv_free,
-                    kv_block_bytes=block_bytes,
-                )
-            )
-        return views
-
-    async def connect(self, peer: PeerId, *, timeout: float) -> Connection:
-        return await self._node.links.connect(peer, self._addresses.get(peer, ()), timeout=timeout)
-
-    def report_failure(self, peer: PeerId, error: SwarmError) -> None:
-        self._node.nursery.start_soon(self._node.scout.report_failure, peer, self._model)
-
-
-class Bridge:
-    """A `BlockingSession` for code outside the trio loop: each call crosses into it and back."""
-
-    def __init__(self, session: SteppedSession, token: trio.lowlevel.TrioToken, close: Callable[[], None]) -> None:
-        self._session = session
-        self._token = token
-        self._close = close
-
-    @property
-    def position(self) -> int:
-        return self._session.position
-
-    def step(
-        self, hidden: torch.Tensor, *, position: int, padding: tuple[int, ...] = (), hypo_ids: tuple[int, ...] = ()
-    ) -> torch.Tensor:
-        step = functools.partial(self._session.step, hidden, position=position, padding=padding, hypo_ids=hypo_ids)
-        return trio.from_thread.run(step, trio_token=self._token)
-
-    def close(self) -> None:
-        self._close()
-
-
-class SteppedSession(Protocol):
-    """What a bridge drives: `routing.session.Session`, or the growing session of a conversation."""
-
-    @property
-    def position(self) -> int: ...
-
-    async def step(
-        self, hidden: torch.Tensor, *, position: int, padding: tuple[int, ...], hypo_ids: tuple[int, ...]
-    ) -> torch.Tensor: ...
-
-
-class GrowingSession:
-    """A routing session that reserves a modest length first and moves to a longer one when a conversation outgrows it.
-
-    Moving replays what was said into the longer reservation: the tokens stay the same. `stop` interrupts a step.
-    """
-
-    def __init__(self, open_at: Callable[[int], AbstractAsyncContextManager[Session]], length: int, limit: int) -> None:
-        self._open_at = open_at
-        self._length = length
-        self._limit = limit
-        self._stack = AsyncExitStack()
-        self._scope: trio.CancelScope | None = None
-        self._stopped = False
-        self.current: Session | None = None
-        self.failovers_before = 0
-
-    async def open(self) -> None:
-        self.current = await self._stack.enter_async_context(self._open_at(self._length))
-
-    async def aclose(self) -> None:
-        await self._stack.aclose()
-
-    @property
-    def session(self) -> Session:
-        if self.current is None:
-            raise Closed("the session is closed")
-        return self.current
-
-    @property
-    def position(self) -> int:
-        return self.session.position
-
-    @property
-    def failovers(self) -> int:
-        return self.failovers_before + self.session.failovers
-
-    def restart(self) -> None:
-        self._stopped = False
-
-    def stop(self) -> None:
-        self._stopped = True
-        if self._scope is not None:
-            self._scope.cancel()
-
-    @property
-    def stopped(self) -> bool:
-        return self._stopped
-
-    async def step(
-        self, hidden: torch.Tensor, *, position: int, padding: tuple[int, ...] = (), hypo_ids: tuple[int, ...] = ()
-    ) -> torch.Tensor:
-        if not self._stopped:
-            with trio.CancelScope() as self._scope:
-                if position + hidden.shape[1] > self._length:
-                    await self._grow(position, position + hidden.shape[1])
-                return await self.session.step(hidden, position=position, padding=padding, hypo_ids=hypo_ids)
-        raise Closed("the answer was stopped")
-
-    async def _grow(self, position: int, needed: int) -> None:
-        if needed > self._limit:
-            raise ContextTooLong(f"{needed} tokens are more than the {self._limit} of this session's context")
-        old = self.session
-        said = old.history(position)
-        self._length = min(self._limit, max(needed, 2 * self._length))
-        self.failovers_before += old.failovers
-        self.current = None
-        await self._stack.aclose()
-        self._stack = AsyncExitStack()
-        await self.open()
-        if said is not None:
-            await self.session.step(said, position=0, padding=(), hypo_ids=())
 
 
 @dataclass(frozen=True)

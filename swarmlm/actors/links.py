@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from swarmlm.actors.core import Connection, Message, Ref, serve
+from swarmlm.actors.core import Connection, Message, Ref, memory_links, serve
 from swarmlm.errors import Unreachable
 from swarmlm.protocol import Address, PeerId
 from swarmlm.transport.base import Stream, Transport
@@ -33,9 +33,18 @@ class Links:
         self._routes.update(routes)
 
     async def connect(self, peer: PeerId, addresses: Sequence[Address], *, timeout: float) -> Connection:
-        """A running connection on a stream of its own. Raises `Unreachable`. The caller closes it."""
+        """A running connection on a stream of its own. Raises `Unreachable`. The caller closes it.
+
+        To ourselves it stays in this process, so that a node can use what it hosts.
+        """
+        if peer == self._transport.peer_id:
+            near, far = memory_links(peer, peer)
+            self._nursery.start_soon(serve, far, self._routes)
+            return await self._run(Connection(near))
         stream = await self._transport.open_stream(peer, addresses, timeout=timeout)
-        connection = Connection(FramedLink(stream), self._routes)
+        return await self._run(Connection(FramedLink(stream), self._routes))
+
+    async def _run(self, connection: Connection) -> Connection:
         await self._nursery.start(connection.run)
         return connection
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
+from swarmlm.actors.core.groups import sole_error
 from swarmlm.actors.core.mailbox import Inbox, Request
 from swarmlm.actors.core.message import Message
 from swarmlm.errors import DeadlineExceeded, ProtocolError, SwarmError
@@ -84,10 +85,3 @@ class Actor(Generic[A]):
         else:
             if scope.cancelled_caught:
                 request.fail(DeadlineExceeded(f"{type(message).__name__} was cancelled at its deadline"))
-
-
-def sole_error(error: Exception) -> Exception:
-    """The one exception inside nested groups, as a handler's own nursery wraps it; else the error itself."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

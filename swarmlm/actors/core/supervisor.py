@@ -16,7 +16,8 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from swarmlm.actors.core.actor import Actor, sole_error
+from swarmlm.actors.core.actor import Actor
+from swarmlm.actors.core.groups import sole_error
 from swarmlm.actors.core.mailbox import Inbox, Mailbox
 from swarmlm.actors.core.ref import LocalRef, Ref
 from swarmlm.errors import ActorCrashed, Closed

@@ -7,8 +7,8 @@ async with open_libp2p(identity, listen=["/ip4/0.0.0.0/tcp/4001"]) as transport:
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -19,6 +19,7 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from multiaddr import Multiaddr
 
+from swarmlm.actors.core.groups import only, unwrapped
 from swarmlm.errors import Closed, ConfigError, ConnectionLost, Unavailable, Unreachable
 from swarmlm.protocol import PROTOCOL, Address, PeerId
 from swarmlm.transport.base import Handler
@@ -180,25 +181,6 @@ class Libp2pTransport:
 
 def _short(peer: str) -> str:
     return f"{peer[:6]}..{peer[-6:]}" if len(peer) > 16 else peer
-
-
-def only(error: BaseException) -> BaseException:
-    """What a nursery has wrapped into groups of one."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
-@contextmanager
-def unwrapped() -> Iterator[None]:
-    """The body's own exception comes out of the nurseries around it as it was raised."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error = only(group)
-        if error is group:
-            raise
-        raise error from error.__cause__
 
 
 @asynccontextmanager

@@ -25,10 +25,11 @@ from libp2p.records.record import make_signed_put_record
 from libp2p.records.validator import NamespacedValidator, Validator
 from multiaddr import Multiaddr
 
+from swarmlm.actors.core.groups import unwrapped
 from swarmlm.errors import ConfigError, ProtocolError, Unavailable, Unreachable
 from swarmlm.protocol import Address, HostRecord, SignedRecord, pack_signed, unpack_record, unpack_signed
 from swarmlm.transport.base import peer_of
-from swarmlm.transport.libp2p.host import Libp2pTransport, unwrapped
+from swarmlm.transport.libp2p.host import Libp2pTransport
 from swarmlm.transport.libp2p.network import DialFailed
 from swarmlm.transport.libp2p.walk import CLOSEST, Walker
 from swarmlm.transport.records import open_record
