@@ -1,7 +1,7 @@
 """swarmlm: pool small machines to run a language model that none of them could hold.
 
     4   cli/                                    parse, call the node, render
-    3   node, session, view, bridge,            composition: wires the layers below
+    3   node, hosting, session, view, bridge,   composition: wires the layers below
         portal, auto, aio
     2   actors/                                 host, batcher, directory, scout, announcer
     1b  models/  routing/                       any decoder as spans; plans, sessions, failover

@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from swarmlm.node import HostHandle, Node, SwarmStatus
+from swarmlm.hosting import HostHandle
+from swarmlm.node import Node, SwarmStatus
 from swarmlm.node import open_node as open_trio_node
 from swarmlm.portal import Portal
 from swarmlm.session import Answer, GenerationResult, NodeSession

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from swarmlm.bridge import Bridge
-from swarmlm.node import Node, open_node, resolve_dtype
+from swarmlm.hosting import resolve_dtype
+from swarmlm.node import Node, open_node
 from swarmlm.portal import Portal
 from swarmlm.routing.session import SessionEvent, open_session
 from swarmlm.view import SwarmView

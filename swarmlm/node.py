@@ -16,7 +16,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,27 +26,21 @@ from swarmlm.actors.core.groups import unwrapped
 from swarmlm.actors.directory import Directory
 from swarmlm.actors.links import Links
 from swarmlm.actors.scout import Scout
-from swarmlm.config import default_kv_memory
 from swarmlm.errors import ConfigError, SwarmError, UsageError
 from swarmlm.protocol import (
     Address,
-    CloseSession,
     DirectoryRole,
     GetDirectory,
-    GetStatus,
-    HostRecord,
-    OpenSession,
     PeerId,
     Publish,
     State,
-    Step,
 )
 from swarmlm.transport.base import Transport, peer_of
 from swarmlm.transport.discovery import Discovery, NoDiscovery
 from swarmlm.transport.identity import Identity
-from swarmlm.transport.records import sign_record
 
 if TYPE_CHECKING:
+    from swarmlm.hosting import HostHandle
     from swarmlm.models.source import Source
     from swarmlm.session import NodeSession
 
@@ -55,21 +48,7 @@ log = logging.getLogger("swarmlm.node")
 
 Progress = Callable[[int, int], None]
 
-ANNOUNCE_SECONDS = 30.0  # directory, neighbours: each has its own shorter deadline
 WITHDRAW_SECONDS = 5.0  # leaving does not wait for the dead
-
-
-@dataclass(frozen=True)
-class HostHandle:
-    """What a node serves. `kv_total` in bytes, `block_ms` for one token through one block."""
-
-    model: str
-    start: int
-    end: int
-    blocks: int
-    dtype: str
-    kv_total: int
-    block_ms: float
 
 
 @dataclass(frozen=True)
@@ -113,12 +92,12 @@ class Node:
         seeds: Sequence[Address],
         nursery: trio.Nursery,
     ) -> None:
-        self._transport = transport
-        self._identity = identity
-        self._discovery = discovery
-        self._supervisor = supervisor
-        self._directory = directory
-        self._seeds = tuple(seeds)
+        self.transport = transport
+        self.identity = identity
+        self.discovery = discovery
+        self.supervisor = supervisor
+        self.directory = directory
+        self.seeds = tuple(seeds)
         self._announcer: Ref[Any] | None = None
         self._sources: dict[str, Source] = {}
         self._clients: dict[tuple[str, str | None], tuple[Any, Any]] = {}
@@ -128,12 +107,12 @@ class Node:
 
     @property
     def peer_id(self) -> PeerId:
-        return self._transport.peer_id
+        return self.transport.peer_id
 
     @property
     def addresses(self) -> list[str]:
         """Multiaddrs that others can pass as `peers`."""
-        return list(self._transport.addresses)
+        return list(self.transport.addresses)
 
     async def source(self, model: str) -> Source:
         """The checkpoint behind a model name. Raises `ModelNotFound`, `ModelUnsupported`, `CheckpointCorrupt`."""
@@ -145,6 +124,7 @@ class Node:
 
     async def client_model(self, model: str, dtype: str | None = None) -> tuple[Any, Any]:
         """(model, tokenizer): the client's half of `model`, loaded once: embeddings, norm and head, no blocks."""
+        from swarmlm.hosting import resolve_dtype
         from swarmlm.models.client import load_client_model
 
         if (model, dtype) not in self._clients:
@@ -178,83 +158,16 @@ class Node:
         checkpoint's own on a GPU. `threads` sets torch's thread count for the whole process.
         Raises `BadSpan` and what `source` raises; `Unreachable` if none of the node's peers answers.
         """
-        import torch
-
-        from swarmlm.actors.announcer import LEASE_SECONDS, Announce, Announcer
-        from swarmlm.actors.batcher import Batcher
-        from swarmlm.actors.host import BlockHost
-        from swarmlm.kernels.kv_pool import KVPool
-        from swarmlm.models.span import Span
+        from swarmlm.hosting import load_span, start_hosting
 
         if self._announcer is not None:
             raise UsageError("this node serves a span already; open another node for another one")
-        if threads is not None:
-            torch.set_num_threads(threads)
         source = await self.source(model)
-        span_range = blocks if blocks is not None else range(source.num_blocks)
-        where = _device(device)
-        load = functools.partial(
-            Span.load,
-            source,
-            span_range.start,
-            span_range.stop,
-            dtype=resolve_dtype(dtype, where, source.checkpoint_dtype),
-            device=where,
-            progress=progress,
-        )
-        if self._seeds:
+        if self.seeds:
             await self.scout.refresh(source.name)
-        span = await trio.to_thread.run_sync(load)
-        block_ms = await trio.to_thread.run_sync(span.measure)
-        pool = KVPool(kv_memory if kv_memory is not None else default_kv_memory())
-        batcher = await self._supervisor.start(lambda: Batcher(span, pool, block_ms=block_ms), name="batcher")
-        host = await self._supervisor.start(
-            lambda: BlockHost(
-                self.peer_id,
-                batcher,
-                model=source.name,
-                fingerprint=source.fingerprint,
-                start=span.start,
-                end=span.end,
-                context_length=source.context_length,
-                kv_token_bytes=span.kv_token_bytes,
-            ),
-            name="host",
-        )
-        self.links.route({OpenSession: host, CloseSession: host, GetStatus: host, Step: batcher})
-        record = HostRecord(
-            peer=self.peer_id,
-            addresses=tuple(self.addresses),
-            model=source.name,
-            fingerprint=source.fingerprint,
-            blocks=span.blocks,
-            start=span.start,
-            end=span.end,
-            sequence=0,
-            issued=0.0,
-            lease=LEASE_SECONDS,
-            dtype=str(span.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-            block_ms=block_ms,
-            kv_free=pool.free,
-            kv_total=pool.total,
-            kv_token_bytes=span.kv_token_bytes,
-            version=version("swarmlm"),
-        )
-        self._announcer = await self._supervisor.start(
-            lambda: Announcer(
-                record,
-                functools.partial(sign_record, identity=self._identity),
-                host=host,
-                directory=self._directory,
-                links=self.links,
-                scout=self.scout,
-                discovery=self._discovery,
-                seeds=[(peer_of(seed), seed) for seed in self._seeds],
-            ),
-            name="announcer",
-        )
-        await self._announcer.call(Announce(), deadline=ANNOUNCE_SECONDS)
-        return HostHandle(source.name, span.start, span.end, span.blocks, record.dtype, pool.total, block_ms)
+        span = await load_span(source, blocks, dtype=dtype, device=device, threads=threads, progress=progress)
+        handle, self._announcer = await start_hosting(self, source, span, kv_memory)
+        return handle
 
     async def drain(self) -> None:
         """Before leaving: take the record back, so that nobody plans a route through us. Never raises for the world."""
@@ -374,27 +287,3 @@ async def _join(kademlia: Any, seeds: Sequence[Address]) -> None:
 
 def _no_session(batch: int, max_length: int) -> Any:
     raise UsageError("this model is driven by its node's sessions; see AutoDistributedModelForCausalLM for generate()")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
-    return name
-
-
-def resolve_dtype(name: str | None, device: str, checkpoint: Any) -> Any:
-    """The torch dtype of a name; None is float32 on CPU and the checkpoint's own elsewhere. Raises `ConfigError`."""
-    import torch
-
-    if name is None:
-        return torch.float32 if device == "cpu" else checkpoint
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in kinds:
-        raise ConfigError(f"no dtype {name!r}: choose one of {', '.join(kinds)}")
-    return kinds[name]

@@ -15,7 +15,8 @@ from swarmlm.cli.serve import config_of
 
 from swarmlm.config import format_size, parse_addresses, parse_size, parse_span
 from swarmlm.errors import BadSpan, ConfigError, NoRoute
-from swarmlm.node import HostHandle, HostRow, SwarmStatus
+from swarmlm.hosting import HostHandle
+from swarmlm.node import HostRow, SwarmStatus
 from swarmlm.protocol import PeerId
 from swarmlm.routing.graph import RouteHop
 from swarmlm.session import GenerationResult
