@@ -13,11 +13,11 @@ from subprocess import PIPE
 from typing import Any
 
 import trio
-from swarmlm.transport.identity import Identity
-from swarmlm.transport.records import sign_record
 
 from swarmlm.protocol import Address, HostRecord, PeerId, SignedRecord
+from swarmlm.transport.identity import Identity
 from swarmlm.transport.libp2p import open_kademlia, open_libp2p
+from swarmlm.transport.records import sign_record
 
 START_SECONDS = 40.0  # importing libp2p on a machine that is busy with other tests
 ANSWER_SECONDS = 20.0  # for one command
