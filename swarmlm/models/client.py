@@ -12,6 +12,7 @@ embeddings and the output of the last block.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,15 @@ import torch
 from torch import nn
 
 from swarmlm.errors import ContextTooLong
-from swarmlm.models.loading import Progress, build_meta_model, decoder_of, layers_name, load_into, narrow_config
+from swarmlm.models.loading import (
+    Progress,
+    build_meta_model,
+    decoder_of,
+    layers_name,
+    load_into,
+    narrow_config,
+    returns_tuple,
+)
 from swarmlm.models.remote import RemoteCache, RemoteStack, SessionOpener, left_padding
 from swarmlm.models.source import Source
 
@@ -40,15 +49,25 @@ def load_client_model(
     config = copy.deepcopy(source.config)
     model = build_meta_model(config, causal_lm=True, dtype=dtype)
     decoder, name = decoder_of(model), layers_name(model)
-    stack = RemoteStack()
+    stack = RemoteStack(returns_tuple(model, int(source.config.hidden_size)))
     setattr(decoder, name, nn.ModuleList([stack]))
     load_into(model, source, dtype=dtype, device=device, progress=progress)
     narrow_config(model, 0, 1, source.num_blocks)  # the family sees a model of one layer: the remote stack
     model.generation_config = source.generation_config()
     family = type(model)
-    model.__class__ = type(f"Distributed{family.__name__}", (_Distributed, family), {})
+    model.__class__ = _distributed(family)
     model._swarm = _Swarm(stack, open_session, source)
     return model
+
+
+def _distributed(family: type) -> type:
+    """A subclass of the family's class. Its `forward` shows the family's signature: `generate` decides by it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _Distributed.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(family.forward)  # type: ignore[attr-defined]
+    return type(f"Distributed{family.__name__}", (_Distributed, family), {"forward": forward})
 
 
 class _Swarm:

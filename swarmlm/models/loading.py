@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,34 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 def layers_name(model: nn.Module) -> str:
     """The attribute of `decoder_of(model)` that holds the layers: "layers", "h", ..."""
     return _owner(model)[1]
+
+
+def returns_tuple(model: Any, hidden_size: int) -> bool:
+    """Whether the family's layers return a tuple, told by running its code without data up to the first layer's end."""
+
+    class _Seen(Exception):
+        pass
+
+    def stop(layer: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append(isinstance(output, tuple))
+        raise _Seen
+
+    from transformers import DynamicCache
+
+    seen: list[bool] = []
+    layer = decoder_layers(model)[0]
+    hidden = torch.zeros(1, 1, hidden_size, device="meta", dtype=model.dtype)
+    hook = layer.register_forward_hook(stop)
+    try:
+        with torch.inference_mode():
+            model(inputs_embeds=hidden, past_key_values=DynamicCache(config=model.config), use_cache=True)
+    except Exception:  # our own signal, or an operation that needs data (routing to experts)
+        pass
+    finally:
+        hook.remove()
+    if seen:
+        return seen[0]
+    return "tuple" in str(typing.get_type_hints(layer.forward).get("return", "")).lower()
 
 
 def narrow_config(model: Any, start: int, end: int, blocks: int) -> None:

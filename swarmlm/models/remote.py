@@ -107,8 +107,9 @@ class RemoteCache(Cache):  # type: ignore[misc]
 class RemoteStack(nn.Module):
     """Stands where the layers stood. It runs inside `running(cache, padding)` only."""
 
-    def __init__(self) -> None:
+    def __init__(self, returns_tuple: bool) -> None:
         super().__init__()
+        self._returns_tuple = returns_tuple  # as the family's layers do
         self._calls = threading.local()
 
     @contextmanager
@@ -120,11 +121,12 @@ class RemoteStack(nn.Module):
         finally:
             self._calls.current = before
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         cache, padding = self._calls.current
         output: torch.Tensor = cache.step(hidden, padding)
-        return output.to(hidden.device, hidden.dtype)
+        output = output.to(hidden.device, hidden.dtype)
+        return (output,) if self._returns_tuple else output
 
 
 def left_padding(attention_mask: torch.Tensor | None, rows: int) -> tuple[int, ...]:

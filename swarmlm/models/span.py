@@ -297,9 +297,9 @@ class _Stub(nn.Module):
         self._hidden_size = hidden_size
 
     def forward(self, given: Any = None, *_: Any, **__: Any) -> Any:
-        if isinstance(given, torch.Tensor) and not given.is_floating_point():
-            return torch.zeros(*given.shape, self._hidden_size, device=given.device)
-        return given
+        if not isinstance(given, torch.Tensor) or (given.dim() == 3 and given.shape[-1] == self._hidden_size):
+            return given
+        return torch.zeros(1, 1, self._hidden_size, device=given.device)  # ids, or a mask that positions come from
 
 
 def _stub_all_but(model: Any, decoder: Any, layers: str, hidden_size: int) -> None:
