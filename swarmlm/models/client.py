@@ -33,6 +33,8 @@ from swarmlm.models.loading import (
 from swarmlm.models.remote import RemoteCache, RemoteStack, SessionOpener, left_padding
 from swarmlm.models.source import Source
 
+LOOKAHEAD = 64  # tokens: what assisted and prompt-lookup decoding may try past the last one it keeps
+
 
 def load_client_model(
     source: Source,
@@ -134,7 +136,8 @@ class _Distributed:
             limit = self._swarm.source.context_length
             if max_cache_length + 1 > limit:
                 raise ContextTooLong(f"{max_cache_length + 1} tokens are more than the {limit} of this model's context")
-            cache = RemoteCache(self._swarm.open_session, max_cache_length + 1)
+            ahead = LOOKAHEAD if "assisted" in str(mode).lower() else 0
+            cache = RemoteCache(self._swarm.open_session, min(limit, max_cache_length + 1 + ahead))
             self._swarm.opened.append(cache)
             model_kwargs["past_key_values"] = cache
 
