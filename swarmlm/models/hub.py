@@ -18,7 +18,8 @@ SMALL = (
     "vocab.json",
     "merges.txt",
 )
-INDEX_FILES = ("model.safetensors.index.json", "model.safetensors")
+LIST_SECONDS = 20.0  # for the list of a repository's files
+REACH_SECONDS = 5.0  # to open a connection: longer, and the user wonders
 
 
 class HubRepository:
@@ -28,6 +29,19 @@ class HubRepository:
         self.name = name
         self._revision = revision
         self._cache_dir = cache_dir
+
+    @functools.cached_property
+    def _reachable(self) -> bool:
+        """One quick look: huggingface_hub itself tries an unreachable hub for half a minute."""
+        from huggingface_hub import constants, get_session
+
+        if constants.HF_HUB_OFFLINE:
+            return False
+        try:
+            get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
+        except Exception:  # of whichever HTTP library huggingface_hub uses
+            return False
+        return True
 
     def fetch(self, file: str) -> Path:
         """The file in the local cache, downloaded if it is not there. Raises `ModelNotFound`."""
@@ -42,7 +56,14 @@ class HubRepository:
         )
 
         try:
-            return Path(hf_hub_download(self.name, file, revision=self._revision, cache_dir=self._cache_dir))
+            path = hf_hub_download(
+                self.name,
+                file,
+                revision=self._revision,
+                cache_dir=self._cache_dir,
+                local_files_only=not self._reachable,
+            )
+            return Path(path)
         except GatedRepoError:
             reason = "it is gated, and your hub token may not read it"
         except RepositoryNotFoundError:
@@ -58,7 +79,7 @@ class HubRepository:
     def fetch_small_files(self) -> None:
         """Tokenizer and generation files, as far as the repository has them."""
         for file in SMALL:
-            if file in self.files() and not file.endswith(INDEX_FILES):
+            if file in self.files():
                 self.fetch(file)
 
     @functools.cache  # noqa: B019 - a repository object lives as long as its source
@@ -68,7 +89,9 @@ class HubRepository:
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         try:
-            info = huggingface_hub.HfApi().model_info(self.name, revision=self._revision, timeout=5.0)
+            if not self._reachable:
+                raise OfflineModeIsEnabled
+            info = huggingface_hub.HfApi().model_info(self.name, revision=self._revision, timeout=LIST_SECONDS)
             return [sibling.rfilename for sibling in info.siblings or ()]
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
             folder = self.fetch("config.json").parent
