@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,23 +12,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 import trio
 
-from swarmlm.actors.announcer import LEASE_SECONDS, Announce, Announcer, AnnouncerRole
+from swarmlm.actors.announcer import LEASE_SECONDS, Announce, Announcer, AnnouncerRole, Withdraw
 from swarmlm.actors.batcher import Batcher
 from swarmlm.actors.core import Ref
-from swarmlm.actors.host import BlockHost
+from swarmlm.actors.host import BlockHost, SetState
 from swarmlm.config import default_kv_memory
-from swarmlm.errors import ConfigError
+from swarmlm.errors import ConfigError, SwarmError
 from swarmlm.kernels.kv_pool import KVPool
 from swarmlm.models.source import Source
 from swarmlm.models.span import Span
-from swarmlm.protocol import CloseSession, GetStatus, HostRecord, OpenSession, Step
+from swarmlm.protocol import CloseSession, GetStatus, HostRecord, HostRole, OpenSession, Step
 from swarmlm.transport.base import peer_of
 from swarmlm.transport.records import sign_record
 
 if TYPE_CHECKING:
     from swarmlm.node import Node
 
+log = logging.getLogger("swarmlm.node")
+
 ANNOUNCE_SECONDS = 30.0  # directory, neighbours: each has its own shorter deadline
+WITHDRAW_SECONDS = 5.0  # leaving does not wait for the dead
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +46,15 @@ class HostHandle:
     dtype: str
     kv_total: int
     block_ms: float
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """What a node keeps of its span's actors."""
+
+    handle: HostHandle
+    host: Ref[HostRole]
+    announcer: Ref[AnnouncerRole]
 
 
 async def load_span(
@@ -70,9 +83,7 @@ async def load_span(
     return await trio.to_thread.run_sync(load)
 
 
-async def start_hosting(
-    node: Node, source: Source, span: Span, kv_memory: int | None
-) -> tuple[HostHandle, Ref[AnnouncerRole]]:
+async def start_hosting(node: Node, source: Source, span: Span, kv_memory: int | None) -> Hosting:
     """Batcher, block host and announcer of `span`; returns once the neighbours have been told."""
     block_ms = await trio.to_thread.run_sync(span.measure)
     pool = KVPool(kv_memory if kv_memory is not None else default_kv_memory())
@@ -123,7 +134,18 @@ async def start_hosting(
         name="announcer",
     )
     await announcer.call(Announce(), deadline=ANNOUNCE_SECONDS)
-    return HostHandle(source.name, span.start, span.end, span.blocks, record.dtype, pool.total, block_ms), announcer
+    handle = HostHandle(source.name, span.start, span.end, span.blocks, record.dtype, pool.total, block_ms)
+    return Hosting(handle, host, announcer)
+
+
+async def leave(hosting: Hosting) -> None:
+    """No new sessions from here on, and the record taken back. Never raises for the world; bounded."""
+    with trio.CancelScope(deadline=trio.current_time() + WITHDRAW_SECONDS, shield=True):
+        try:
+            await hosting.host.call(SetState("draining"), deadline=WITHDRAW_SECONDS)
+            await hosting.announcer.call(Withdraw(), deadline=WITHDRAW_SECONDS)
+        except SwarmError as error:
+            log.debug("could not withdraw: %s", error)
 
 
 def resolve_device(name: str) -> str:

@@ -40,15 +40,13 @@ from swarmlm.transport.discovery import Discovery, NoDiscovery
 from swarmlm.transport.identity import Identity
 
 if TYPE_CHECKING:
-    from swarmlm.hosting import HostHandle
+    from swarmlm.hosting import HostHandle, Hosting
     from swarmlm.models.source import Source
     from swarmlm.session import NodeSession
 
 log = logging.getLogger("swarmlm.node")
 
 Progress = Callable[[int, int], None]
-
-WITHDRAW_SECONDS = 5.0  # leaving does not wait for the dead
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Node:
         self.supervisor = supervisor
         self.directory = directory
         self.seeds = tuple(seeds)
-        self._announcer: Ref[Any] | None = None
+        self._hosting: Hosting | None = None
         self._sources: dict[str, Source] = {}
         self._clients: dict[tuple[str, str | None], tuple[Any, Any]] = {}
         self.links = links
@@ -160,27 +158,22 @@ class Node:
         """
         from swarmlm.hosting import load_span, start_hosting
 
-        if self._announcer is not None:
+        if self._hosting is not None:
             raise UsageError("this node serves a span already; open another node for another one")
         source = await self.source(model)
         if self.seeds:
             await self.scout.refresh(source.name)
         span = await load_span(source, blocks, dtype=dtype, device=device, threads=threads, progress=progress)
-        handle, self._announcer = await start_hosting(self, source, span, kv_memory)
-        return handle
+        self._hosting = await start_hosting(self, source, span, kv_memory)
+        return self._hosting.handle
 
     async def drain(self) -> None:
-        """Before leaving: take the record back, so that nobody plans a route through us. Never raises for the world."""
-        from swarmlm.actors.announcer import Withdraw
+        """Before leaving: refuse new sessions and take the record back. Live sessions go on until the node is left."""
+        from swarmlm.hosting import leave
 
-        if self._announcer is None:
-            return
-        announcer, self._announcer = self._announcer, None
-        with trio.CancelScope(deadline=trio.current_time() + WITHDRAW_SECONDS, shield=True):
-            try:
-                await announcer.call(Withdraw(), deadline=WITHDRAW_SECONDS)
-            except SwarmError as error:
-                log.debug("could not withdraw: %s", error)
+        if self._hosting is not None:
+            hosting, self._hosting = self._hosting, None
+            await leave(hosting)
 
     @asynccontextmanager
     async def session(
@@ -223,7 +216,8 @@ class Node:
                 )
             )
         rows = [row for row in rows if row.rtt_ms is not None]
-        spans = coverage([(row.start, row.end) for row in rows], source.num_blocks)
+        online = [(row.start, row.end) for row in rows if row.state == "online"]
+        spans = coverage(online, source.num_blocks)
         holes = [(start, end) for start, end, replicas in spans if replicas == 0]
         return SwarmStatus(source.name, source.num_blocks, rows, spans, holes)
 

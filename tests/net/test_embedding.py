@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 import trio
 
 import swarmlm
@@ -55,14 +56,15 @@ async def test_a_plain_script_generates(pair: LocalSwarm, reference: Reference) 
     assert text == reference.tokenizer.decode(reference.greedy(ids, 8), skip_special_tokens=True)
 
 
-async def test_a_long_conversation_moves_to_a_longer_reservation(pair: LocalSwarm, reference: Reference) -> None:
-    from swarmlm.session import DEFAULT_LENGTH
-
+async def test_a_long_conversation_moves_to_a_longer_reservation(
+    pair: LocalSwarm, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmlm.session.DEFAULT_LENGTH", 64)
     async with swarmlm.open_node(pair.addresses) as node, node.session("smollm2") as session:
-        ids = reference.chat_ids(PROMPTS[0])
-        long = [ids[0]] * (DEFAULT_LENGTH - len(ids) - 4) + ids  # outgrown a few tokens into the answer
-        async for _ in session.generate(long, max_tokens=8):
+        ids = reference.chat_ids(PROMPTS[2])
+        assert len(ids) < 60
+        async for _ in session.generate(ids, max_tokens=48):
             pass
-        tokens = session.last.tokens
         assert session.failovers == 0
-    reference.assert_exact(long, tokens, 8)
+        assert session.stats()["tokens held"] > 64
+        reference.assert_exact(ids, session.last.tokens, 48)
