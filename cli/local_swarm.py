@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 import trio
 
 from swarmlm.errors import ConfigError
+from swarmlm.transport.identity import Identity
 
 HOSTS = 2  # processes: the least that is a swarm
 READY_SECONDS = 300.0  # importing and loading on a slow disk, a first download of weights included
@@ -31,25 +33,30 @@ async def local_swarm(model: str, blocks: int) -> AsyncIterator[list[str]]:
     with tempfile.TemporaryDirectory(prefix="swarmlm-") as name:
         folder = Path(name)
         hosts: list[subprocess.Popen[bytes]] = []
-        addresses: list[str] = []
         try:
-            first = _start(folder, 0, model, cuts[0], cuts[1], [])
-            hosts.append(first)
-            addresses.append(await _address(folder, 0, first))
-            for number in range(1, HOSTS):
-                hosts.append(_start(folder, number, model, cuts[number], cuts[number + 1], addresses[:1]))
-            for number in range(1, HOSTS):
-                addresses.append(await _address(folder, number, hosts[number]))
-            yield addresses
+            key, port = folder / "first.key", _free_port()
+            where = f"/ip4/127.0.0.1/tcp/{port}"
+            seed = f"{where}/p2p/{Identity.load_or_create(key).peer_id}"
+            for number in range(HOSTS):  # all at once: the first one's address is known before it listens
+                place = ["--listen", where, "--identity", str(key)] if number == 0 else ["--peers", seed]
+                hosts.append(_start(folder, number, model, cuts[number], cuts[number + 1], place))
+            yield [await _address(folder, number, host) for number, host in enumerate(hosts)]
         finally:
             with trio.CancelScope(shield=True):
                 await _end(hosts)
 
 
-def _start(folder: Path, number: int, model: str, start: int, end: int, peers: list[str]) -> subprocess.Popen[bytes]:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _start(folder: Path, number: int, model: str, start: int, end: int, place: list[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "swarmlm.cli", "serve", model, "--blocks", f"{start}:{end}", "--threads", "1"]
     command += ["--address-file", str(folder / f"{number}.address")]
-    command += ["--peers", ",".join(peers)] if peers else []
+    command += place
     with (folder / f"{number}.log").open("wb") as log:
         return subprocess.Popen(
             command,

@@ -26,7 +26,7 @@ from swarmlm.actors.core.groups import unwrapped
 from swarmlm.actors.directory import Directory
 from swarmlm.actors.links import Links
 from swarmlm.actors.scout import Scout
-from swarmlm.errors import ConfigError, SwarmError, UsageError
+from swarmlm.errors import ConfigError, SwarmError, Unreachable, UsageError
 from swarmlm.protocol import (
     Address,
     DirectoryRole,
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from swarmlm.session import NodeSession
 
 log = logging.getLogger("swarmlm.node")
+
+MEET_SECONDS = 6.0  # a host started in the same moment is still importing
+MEET_RETRY = 0.3  # seconds between two tries
 
 Progress = Callable[[int, int], None]
 
@@ -162,10 +165,22 @@ class Node:
             raise UsageError("this node serves a span already; open another node for another one")
         source = await self.source(model)
         if self.seeds:
-            await self.scout.refresh(source.name)
+            await self._meet_peers(source.name)
         span = await load_span(source, blocks, dtype=dtype, device=device, threads=threads, progress=progress)
         self._hosting = await start_hosting(self, source, span, kv_memory)
         return self._hosting.handle
+
+    async def _meet_peers(self, model: str) -> None:
+        """Hear who is there. Peers that are started together with us may need a moment to listen."""
+        until = trio.current_time() + MEET_SECONDS
+        while True:
+            try:
+                await self.scout.refresh(model)
+                return
+            except Unreachable:
+                if trio.current_time() >= until:
+                    raise
+            await trio.sleep(MEET_RETRY)
 
     async def drain(self) -> None:
         """Before leaving: refuse new sessions and take the record back. Live sessions go on until the node is left."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from swarmlm.transport.identity import Identity
 
 START_SECONDS = 120.0  # importing torch and loading a span, on a machine busy with other tests
 END_SECONDS = 20.0  # a host leaves within its withdrawal deadline
@@ -30,6 +33,12 @@ def run_cli(*arguments: str, timeout: float = 180.0, stdin: str | None = None) -
         input=stdin,
         check=False,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class HostProcess:
@@ -113,10 +122,12 @@ class LocalSwarm:
         return host
 
     def serve_spans(self, *spans: str) -> list[HostProcess]:
-        """One ready host for each "A:B"."""
-        first = self.serve("--blocks", spans[0])
-        first.wait_ready()
-        hosts = [first, *(self.serve("--blocks", span) for span in spans[1:])]
+        """One ready host for each "A:B", started together: the first one's address is fixed beforehand."""
+        key, port = self.folder / f"host{len(self.hosts)}.key", free_port()
+        where = f"/ip4/127.0.0.1/tcp/{port}"
+        seed = f"{where}/p2p/{Identity.load_or_create(key).peer_id}"
+        hosts = [self.serve("--blocks", spans[0], "--listen", where, "--identity", str(key), peers=[])]
+        hosts += [self.serve("--blocks", span, peers=[seed]) for span in spans[1:]]
         for host in hosts:
             host.wait_ready()
         return hosts

@@ -16,6 +16,7 @@ import trio
 import swarmlm
 from tests.net.conftest import PROMPTS, Reference
 from tests.net.harness import HostProcess, LocalSwarm, run_cli
+from tests.tiny import tiny_llama
 
 
 @pytest.fixture
@@ -35,19 +36,8 @@ def one_line(*arguments: str, timeout: float = 120.0) -> str:
 
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(folder)
     return folder
 
 

@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.tiny import tiny_llama
 
 REPOSITORY = "someone/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -91,17 +91,8 @@ class Hub:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
     folder = tmp_path_factory.mktemp("hub") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
+    tiny_llama(folder, layers=LAYERS, shard="40KB")
     return folder
 
 

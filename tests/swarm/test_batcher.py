@@ -10,7 +10,6 @@ import pytest
 import torch
 import trio
 import trio.testing
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from swarmlm.actors.batcher import Batcher, GetLoad
 from swarmlm.actors.core import Ref, open_supervisor
@@ -21,25 +20,15 @@ from swarmlm.kernels.wire import from_wire, to_wire
 from swarmlm.models.source import open_source
 from swarmlm.models.span import Span
 from swarmlm.protocol import BatcherRole, CloseSession, GetStatus, HostRole, OpenSession, PeerId, SessionId, Step
+from tests.tiny import HIDDEN, tiny_llama
 
 LENGTH = 16
-HIDDEN = 32
 
 
 @pytest.fixture(scope="module")
 def span(tmp_path_factory: pytest.TempPathFactory) -> Span:
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(folder)
     return Span.load(open_source(str(folder)), 0, 4)
 
 

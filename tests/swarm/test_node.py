@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from swarmlm.errors import NoRoute, PoolFull, UsageError
 from swarmlm.models.source import open_source
@@ -16,24 +15,15 @@ from swarmlm.routing.session import SessionEvent, open_session
 from swarmlm.transport.identity import Identity
 from swarmlm.transport.memory import MemoryNetwork
 from swarmlm.view import SwarmView
+from tests.tiny import HIDDEN, tiny_llama
 
 BLOCKS = 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
     path: Path = tmp_path_factory.mktemp("models") / "tiny"
-    LlamaForCausalLM(config).save_pretrained(path)
+    tiny_llama(path, layers=BLOCKS)
     return str(path)
 
 
@@ -64,7 +54,7 @@ class World:
 
 
 def hidden(tokens: int, seed: int) -> torch.Tensor:
-    return torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
 async def outputs(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, TextStreamer
+from transformers import TextStreamer
 
 from swarmlm.errors import ContextTooLong, UsageError
 from swarmlm.models.client import load_client_model
@@ -18,6 +18,7 @@ from swarmlm.models.generation import StreamDecoder, TextSession
 from swarmlm.models.loading import build_meta_model, load_into
 from swarmlm.models.source import open_source
 from swarmlm.models.span import Span
+from tests.tiny import tiny_llama
 from tests.unit.local_session import LocalSession
 
 
@@ -38,25 +39,8 @@ class Half:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Half, Any]:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        max_position_embeddings=64,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    whole = LlamaForCausalLM(config).eval()
-    for parameter in whole.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    whole.save_pretrained(folder)
+    whole = tiny_llama(folder, eos_token_id=None, bos_token_id=None, pad_token_id=0)
     return Half(str(folder)), whole
 
 

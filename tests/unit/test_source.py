@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from swarmlm.errors import BadSpan, CheckpointCorrupt, ModelNotFound, ModelUnsupported
 from swarmlm.models import checkpoint as checkpoints
@@ -16,6 +16,7 @@ from swarmlm.models.checkpoint import GGUFCheckpoint
 from swarmlm.models.embedded import embedded_gguf
 from swarmlm.models.source import open_source
 from swarmlm.models.span import Span
+from tests.tiny import HIDDEN, tiny_llama
 
 LAYERS = 6
 
@@ -23,18 +24,8 @@ LAYERS = 6
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of about one block a shard."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=64,
-    )
     folder = tmp_path_factory.mktemp("models") / "sharded"
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
+    tiny_llama(folder, layers=LAYERS, shard="40KB")
     assert len(list(folder.glob("*.safetensors"))) > LAYERS / 2
     return folder
 
@@ -176,7 +167,7 @@ def test_half_precision(sharded: Path, dtype: torch.dtype, tolerance: float) -> 
     from swarmlm.models.span import SpanJob
 
     source = open_source(str(sharded))
-    hidden = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(1, 7, HIDDEN, generator=torch.Generator().manual_seed(0))
     outputs = []
     for kind in (torch.float32, dtype):
         span = Span.load(source, 0, LAYERS, dtype=kind)
