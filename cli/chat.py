@@ -102,10 +102,13 @@ async def _session(model: str, peers: tuple[str, ...]) -> AsyncIterator[NodeSess
         async with swarmlm.open_node(peers) as node, node.session(model, on_event=_show_event) as session:
             yield session
         return
+    import trio
+
+    from swarmlm.models.source import open_source
+
     from .local_swarm import local_swarm
 
-    async with swarmlm.open_node() as looking:
-        source = await looking.source(model)
+    source = await trio.to_thread.run_sync(open_source, model)
     _note(f"starting a local swarm for {source.describe()} ...")
     async with (
         local_swarm(model, source.num_blocks) as addresses,
