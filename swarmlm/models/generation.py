@@ -44,7 +44,8 @@ class StreamDecoder:
         new = text[len(self._shown) :]
         self._shown = text
         if text.endswith("\n") and len(self._ids) > 32:  # a safe place to forget: decoding stays linear
-            self._ids, self._shown = [], ""
+            self._ids = self._ids[-1:]  # one stays: some tokenizers drop a space at the very start
+            self._shown = self._text()
         return new
 
 
