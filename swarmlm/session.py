@@ -56,6 +56,7 @@ class Answer:
         self._pieces = pieces
         self._stop = stop
         self.error: BaseException | None = None
+        self.stopped = False  # perhaps before its first token was asked for
 
     def __aiter__(self) -> Answer:
         return self
@@ -89,7 +90,8 @@ class NodeSession:
         self._source = source
         self._growing = growing
         self._text = text
-        self._at_rest = trio.Event()
+        self._answer: Answer | None = None  # the latest one
+        self._at_rest = trio.Event()  # set when the latest one has ended
         self._at_rest.set()
         self.last = GenerationResult("", [], 0.0)
         self.answers = 0
@@ -116,22 +118,27 @@ class NodeSession:
     ) -> Answer:
         send, receive = trio.open_memory_channel[str](math.inf)
         answer = Answer(receive, self._stop)
-        self._node.nursery.start_soon(self._write, answer, send, method, prompt, max_tokens, temperature, seed)
+        before, self._at_rest = self._at_rest, trio.Event()
+        if self._answer is not None and not before.is_set():
+            self._answer.stopped = True
+            self._growing.stop()
+        self._answer = answer
+        work = functools.partial(method, prompt, max_new_tokens=max_tokens, temperature=temperature, seed=seed)
+        self._node.nursery.start_soon(self._write, work, answer, send, before, self._at_rest)
         return answer
 
     async def _write(
         self,
+        work: Callable[..., list[int]],
         answer: Answer,
         pieces: trio.MemorySendChannel[str],
-        method: Callable[..., list[int]],
-        prompt: Any,
-        max_tokens: int,
-        temperature: float,
-        seed: int | None,
+        before: trio.Event,
+        at_rest: trio.Event,
     ) -> None:
-        await self._stop()
-        self._at_rest = trio.Event()
-        self._growing.restart()
+        """One answer, from when the one before is at rest until it is at rest itself."""
+        await before.wait()
+        if not answer.stopped:
+            self._growing.restart()
         decoder = StreamDecoder(self._text.tokenizer)
         token = trio.lowlevel.current_trio_token()
         written: list[str] = []
@@ -147,18 +154,10 @@ class NodeSession:
             piece = decoder.push(one)
             token.run_sync_soon(put, piece)
 
-        work = functools.partial(
-            method,
-            prompt,
-            max_new_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            on_token=on_token,
-            should_stop=lambda: self._growing.stopped,
-        )
+        write = functools.partial(work, on_token=on_token, should_stop=lambda: self._growing.stopped)
         started = time.perf_counter()
         try:
-            await trio.to_thread.run_sync(work)
+            await trio.to_thread.run_sync(write)
         except Closed as error:
             if not self._growing.stopped:
                 answer.error = error
@@ -170,10 +169,11 @@ class NodeSession:
             self.last = GenerationResult("".join(written), ids, seconds)
             self.answers += 1
             pieces.close()
-            self._at_rest.set()
+            at_rest.set()
 
     async def _stop(self) -> None:
-        if not self._at_rest.is_set():
+        if self._answer is not None and not self._at_rest.is_set():
+            self._answer.stopped = True
             self._growing.stop()
             await self._at_rest.wait()
 

@@ -29,6 +29,11 @@ async def test_a_trio_program_hosts_and_chats(reference: Reference) -> None:
                 break
             await answer.aclose()
             assert 0 < len(session.last.tokens) < 200
+            never_read = session.chat("Tell me another one.", max_tokens=200)
+            replaced = session.chat("And another.", max_tokens=200)
+            await replaced.aclose()  # before it began
+            await never_read.aclose()
+            assert len(session.last.tokens) < 200
             await session.reset()
             async for _ in session.chat(PROMPTS[0], max_tokens=24):
                 pass
