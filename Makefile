@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup chat test check format docs clean
+.PHONY: setup chat test check format docs bench clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m swarmlm.cli.docs > docs/cli.md
+
+# Everything `swarmlm bench` measures: some minutes, on a machine left alone.
+bench: $(STAMP)
+	$(BIN)/python -m swarmlm.cli.benchmarks docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from swarmlm.config import parse_addresses
 from swarmlm.errors import ConfigError, SwarmError
 
+from . import starting
 from .render import answer_json, route_table, stats_table
 
 if TYPE_CHECKING:
@@ -31,18 +33,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.temperature < 0:
         raise ConfigError(f"--temperature {arguments.temperature:g} is below 0")
     peers = parse_addresses(arguments.peers) if arguments.peers else ()
+    imports = starting.begin()
     import trio
 
-    return trio.run(_chat, arguments, peers)
+    return trio.run(_chat, arguments, peers, imports)
 
 
-async def _chat(arguments: argparse.Namespace, peers: tuple[str, ...]) -> int:
+async def _chat(arguments: argparse.Namespace, peers: tuple[str, ...], imports: threading.Thread) -> int:
     import trio
 
     async with trio.open_nursery() as nursery:
         interrupts = Interrupts(nursery.cancel_scope)
         await nursery.start(interrupts.watch)
-        async with _session(arguments.model, peers) as session:
+        async with _session(arguments.model, peers, imports) as session:
+            starting.ready()
             options = {
                 "max_tokens": arguments.max_tokens,
                 "temperature": arguments.temperature,
@@ -95,24 +99,27 @@ class Interrupts:
 
 
 @asynccontextmanager
-async def _session(model: str, peers: tuple[str, ...]) -> AsyncIterator[NodeSession]:
+async def _session(model: str, peers: tuple[str, ...], imports: threading.Thread) -> AsyncIterator[NodeSession]:
     import swarmlm
 
     if peers:
-        async with swarmlm.open_node(peers) as node, node.session(model, on_event=_show_event) as session:
-            yield session
+        async with swarmlm.open_node(peers) as node:
+            await starting.done(imports)
+            async with node.session(model, on_event=_show_event) as session:
+                yield session
         return
     import trio
 
-    from swarmlm.models.source import open_source
+    await starting.done(imports)
 
-    from .local_swarm import local_swarm
+    from swarmlm.local_swarm import local_swarm
+    from swarmlm.models.source import open_source
 
     source = await trio.to_thread.run_sync(open_source, model)
     _note(f"starting a local swarm for {source.describe()} ...")
     async with (
-        local_swarm(model, source.num_blocks) as addresses,
-        swarmlm.open_node(addresses) as node,
+        local_swarm(model, source.num_blocks) as hosts,
+        swarmlm.open_node([host.address for host in hosts]) as node,
         node.session(model, on_event=_show_event) as session,
     ):
         yield session

@@ -6,6 +6,7 @@ import argparse
 from importlib.metadata import version
 from typing import Any
 
+from swarmlm.bench.options import NAMES
 from swarmlm.config import DEFAULT_MODEL
 
 MODEL_HELP = (
@@ -34,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_chat(commands)
     _add_status(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -68,6 +70,12 @@ Ctrl-C or SIGTERM leaves the swarm.""",
     parser.add_argument(
         "--listen", metavar="MULTIADDR", help="where to accept connections (default: /ip4/127.0.0.1/tcp/0, a free port)"
     )
+    parser.add_argument(
+        "--announce",
+        metavar="ADDR,...",
+        help="tell others these addresses instead of where it listens, for example those of a forwarded port: "
+        "/ip4/203.0.113.5/tcp/4001 (the peer id may be left out)",
+    )
     parser.add_argument("--identity", metavar="FILE", help="key file, made if missing: keeps the peer id")
     parser.add_argument(
         "--kv-memory",
@@ -83,7 +91,14 @@ Ctrl-C or SIGTERM leaves the swarm.""",
         "--device", metavar="DEV", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda, else cpu)"
     )
     parser.add_argument("--threads", metavar="N", type=int, help="compute threads (default: torch's choice)")
+    parser.add_argument(
+        "--quant",
+        metavar="Q",
+        help="int8 keeps weights in a byte each: a quarter of float32's memory, faster decoding, slightly other tokens"
+        " (default: none)",
+    )
     parser.add_argument("--address-file", metavar="FILE", help="write the full address here when ready")
+    parser.add_argument("--leave-at-eof", action="store_true", help=argparse.SUPPRESS)  # a parent holds the other end
     parser.set_defaults(run=run)
 
 
@@ -126,5 +141,48 @@ def _add_status(commands: Any) -> None:
   swarmlm status --peers ADDR --json""",
     )
     parser.add_argument("--peers", metavar="ADDR,...", required=True, help=PEERS_HELP)
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.set_defaults(run=run)
+
+
+def _add_bench(commands: Any) -> None:
+    from .bench import run
+
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure this machine against a reference",
+        description="Measure one part of swarmlm against its reference, on this machine, in the same run.",
+        epilog="""benchmarks:
+  hop      our transport against bare TCP and stock py-libp2p
+  decode   one token over host processes against local transformers
+  prefill  a long prompt over host processes against local transformers
+  batch    many conversations at once against one
+  train    forward and backward over host processes against local autograd
+  wan      steps over a slow network against what its physics allows
+  plan     the route over thousands of hosts
+  start    memory of a host, and time to the first token of a fresh chat
+
+examples:
+  swarmlm bench decode
+  swarmlm bench decode --quant int8 --tokens 128
+  swarmlm bench prefill --tokens 1024 --hosts 3
+  swarmlm bench hop --json
+
+A value is a median with its quartiles. Leave the machine alone while it runs.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"one of {', '.join(NAMES)}")
+    parser.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help=MODEL_HELP)
+    parser.add_argument(
+        "--tokens", metavar="N", type=int, help="of an answer (decode, batch) or a prompt (prefill, train)"
+    )
+    parser.add_argument("--repeats", metavar="N", type=int, help="rounds; each measures every side once")
+    parser.add_argument("--hosts", metavar="N", type=int, help="host processes (plan: hosts in the smaller swarm)")
+    parser.add_argument(
+        "--threads", metavar="N", type=int, default=1, help="compute threads of each process (default: 1)"
+    )
+    parser.add_argument("--quant", metavar="Q", help="how hosts hold their weights, as `swarmlm serve --quant`")
+    parser.add_argument("--rtt", metavar="MS", type=float, help="wan: round trip between all peers")
+    parser.add_argument("--mbit", metavar="N", type=float, help="wan: Mbit/s between all peers")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.set_defaults(run=run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,42 @@ def status_json(status: Any) -> str:
             "holes": status.holes,
         }
     )
+
+
+REPORT_HEADS = ("what", "median", "unit", "quartiles", "compared")
+
+
+def report_table(report: Any) -> str:
+    """A benchmark's rows, then its conditions."""
+    lines = [report.title, "", table(REPORT_HEADS, _report_rows(report))]
+    return "\n".join([*lines, *(("", *report.notes) if report.notes else ())])
+
+
+def report_markdown(report: Any) -> str:
+    rows = [REPORT_HEADS, ("---",) * len(REPORT_HEADS), *_report_rows(report)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"{report.title}.\n", *lines, "", *(f"{note}\n" for note in report.notes)])
+
+
+def _report_rows(report: Any) -> list[tuple[str, ...]]:
+    return [
+        (
+            row.what,
+            figure(row.value.median),
+            row.unit,
+            f"{figure(row.value.low)} .. {figure(row.value.high)}" if row.value.count > 1 else "",
+            f"{figure(row.ratio)} {row.against}" if row.ratio is not None else row.against,
+        )
+        for row in report.rows
+    ]
+
+
+def figure(value: float) -> str:
+    """Three digits that matter: 0.0123, 1.23, 12.3, 1,234."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

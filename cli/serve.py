@@ -7,12 +7,14 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from swarmlm.config import ServeConfig, parse_addresses, parse_size, parse_span
+from swarmlm.config import ServeConfig, parse_addresses, parse_announced, parse_size, parse_span
 from swarmlm.errors import ConfigError
 
+from . import starting
 from .render import serve_banner
 
 
@@ -25,23 +27,26 @@ def config_of(arguments: argparse.Namespace) -> ServeConfig:
         blocks=parse_span(arguments.blocks) if arguments.blocks else None,
         peers=parse_addresses(arguments.peers) if arguments.peers else (),
         listen=arguments.listen or "/ip4/127.0.0.1/tcp/0",
+        announce=parse_announced(arguments.announce) if arguments.announce is not None else (),
         identity=arguments.identity,
         kv_memory=parse_size(arguments.kv_memory) if arguments.kv_memory else None,
         dtype=arguments.dtype,
         device=arguments.device,
         threads=arguments.threads,
+        quant=arguments.quant,
         address_file=arguments.address_file,
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
+    imports = starting.begin()
     import trio
 
-    return trio.run(_serve, config)
+    return trio.run(_serve, config, arguments.leave_at_eof, imports)
 
 
-async def _serve(config: ServeConfig) -> int:
+async def _serve(config: ServeConfig, leave_at_eof: bool, imports: threading.Thread) -> int:
     import trio
 
     import swarmlm
@@ -53,8 +58,18 @@ async def _serve(config: ServeConfig) -> int:
                 async for _ in signals:
                     nursery.cancel_scope.cancel()
 
+            async def leave_with_parent() -> None:
+                async for _ in trio.lowlevel.FdStream(os.dup(sys.stdin.fileno())):
+                    pass
+                nursery.cancel_scope.cancel()
+
             nursery.start_soon(leave_on_signal)
-            async with swarmlm.open_node(config.peers, listen=config.listen, identity=config.identity) as node:
+            if leave_at_eof:
+                nursery.start_soon(leave_with_parent)
+            async with swarmlm.open_node(
+                config.peers, listen=config.listen, announce=config.announce, identity=config.identity
+            ) as node:
+                await starting.done(imports)
                 handle = await node.host(
                     config.model,
                     blocks=config.blocks,
@@ -62,8 +77,10 @@ async def _serve(config: ServeConfig) -> int:
                     dtype=config.dtype,
                     device=config.device,
                     threads=config.threads,
+                    quant=config.quant,
                     progress=_progress_bar(),
                 )
+                starting.ready(thorough=True)
                 print(serve_banner(handle, config.model, node.addresses), flush=True)
                 if config.address_file:
                     _write(Path(config.address_file), node.addresses[0])

@@ -2,6 +2,7 @@
 
     model = swarmlm.AutoDistributedModelForCausalLM.from_pretrained("smollm2", initial_peers=PEERS)
     out = model.generate(ids, max_new_tokens=32)
+    model(inputs_embeds=prompts, labels=labels).loss.backward()      # what is trained stays here; blocks are fixed
 
 The node lives in a portal thread that ends with the process, or with `model.close_swarm()`.
 """
@@ -14,10 +15,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from swarmlm.bridge import Bridge
+from swarmlm.bridge import Bridge, PassesBridge
 from swarmlm.hosting import resolve_dtype
 from swarmlm.node import Node, open_node
 from swarmlm.portal import Portal
+from swarmlm.routing.passes import open_training
 from swarmlm.routing.session import SessionEvent, open_session
 from swarmlm.view import SwarmView
 
@@ -62,9 +64,21 @@ class AutoDistributedModelForCausalLM:
                 )
                 return Bridge(session, portal.token, functools.partial(portal.leave, session))
 
+            route = portal.enter(
+                open_training(
+                    view,
+                    model=source.name,
+                    fingerprint=source.fingerprint,
+                    blocks=source.num_blocks,
+                    on_event=_log_event,
+                )
+            )
             name = str(dtype).removeprefix("torch.") if dtype is not None else None
             client = load_client_model(
-                source, dtype=resolve_dtype(name, "cpu", source.checkpoint_dtype), open_session=open_bridge
+                source,
+                dtype=resolve_dtype(name, "cpu", source.checkpoint_dtype),
+                open_session=open_bridge,
+                passes=PassesBridge(route, portal.token),
             )
         except BaseException:
             portal.close()

@@ -11,6 +11,7 @@ import torch
 import trio
 
 from swarmlm.errors import Closed, ContextTooLong
+from swarmlm.routing.passes import Tape, TrainingRoute
 from swarmlm.routing.session import Session
 
 
@@ -45,6 +46,23 @@ class Bridge:
 
     def close(self) -> None:
         self._close()
+
+
+class PassesBridge:
+    """`BlockingPasses` over a training route, for code outside the trio loop: each call crosses into it and back."""
+
+    def __init__(self, route: TrainingRoute, token: trio.lowlevel.TrioToken) -> None:
+        self._route = route
+        self._token = token
+
+    def forward(
+        self, hidden: torch.Tensor, padding: tuple[int, ...], *, differentiable: bool
+    ) -> tuple[torch.Tensor, Tape | None]:
+        run = functools.partial(self._route.forward, hidden, padding, differentiable=differentiable)
+        return trio.from_thread.run(run, trio_token=self._token)
+
+    def backward(self, tape: Tape, grad: torch.Tensor) -> torch.Tensor:
+        return trio.from_thread.run(self._route.backward, tape, grad, trio_token=self._token)
 
 
 class GrowingSession:

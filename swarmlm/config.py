@@ -26,11 +26,13 @@ class ServeConfig:
     blocks: range | None = None
     peers: tuple[str, ...] = ()
     listen: str | None = None
+    announce: tuple[str, ...] = ()
     identity: str | None = None
     kv_memory: int | None = None  # bytes
     dtype: str | None = None
     device: str = "cpu"
     threads: int | None = None
+    quant: str | None = None
     address_file: str | None = None
 
 
@@ -71,6 +73,15 @@ def parse_addresses(text: str) -> tuple[str, ...]:
     for address in addresses:
         if not address.startswith("/") or "/p2p/" not in address:
             raise ConfigError(f"{address!r} is no peer address: it looks like /ip4/192.168.1.7/tcp/4001/p2p/12D3Koo...")
+    return addresses
+
+
+def parse_announced(text: str) -> tuple[str, ...]:
+    """Addresses of our own, separated by commas; the peer id may be left out."""
+    addresses = tuple(part.strip() for part in text.split(",") if part.strip())
+    for address in addresses or ("",):
+        if not address.startswith("/"):
+            raise ConfigError(f"{address!r} is no address such as /ip4/203.0.113.5/tcp/4001")
     return addresses
 
 

@@ -16,12 +16,25 @@ from swarmlm.actors.announcer import LEASE_SECONDS, Announce, Announcer, Announc
 from swarmlm.actors.batcher import Batcher
 from swarmlm.actors.core import Ref
 from swarmlm.actors.host import BlockHost, SetState
+from swarmlm.actors.pusher import Pusher
 from swarmlm.config import default_kv_memory
 from swarmlm.errors import ConfigError, SwarmError
 from swarmlm.kernels.kv_pool import KVPool
+from swarmlm.models.packing import Quant
+from swarmlm.models.passes import Passes
 from swarmlm.models.source import Source
 from swarmlm.models.span import Span
-from swarmlm.protocol import CloseSession, GetStatus, HostRecord, HostRole, OpenSession, Step
+from swarmlm.protocol import (
+    Backward,
+    CloseSession,
+    Forward,
+    GetStatus,
+    HostRecord,
+    HostRole,
+    OpenSession,
+    Push,
+    Step,
+)
 from swarmlm.transport.base import peer_of
 from swarmlm.transport.records import sign_record
 
@@ -31,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("swarmlm.node")
 
 ANNOUNCE_SECONDS = 30.0  # directory, neighbours: each has its own shorter deadline
+KEEP_SHARE = 2  # kept training graphs may take as much as half the KV budget, on top of it
 WITHDRAW_SECONDS = 5.0  # leaving does not wait for the dead
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +78,7 @@ async def load_span(
     dtype: str | None,
     device: str,
     threads: int | None,
+    quant: str | None = None,
     progress: Callable[[int, int], None] | None,
 ) -> Span:
     """Read the blocks (all by default) in a worker thread. Raises `BadSpan`, `ConfigError`, `CheckpointCorrupt`."""
@@ -78,6 +93,7 @@ async def load_span(
         chosen.stop,
         dtype=resolve_dtype(dtype, where, source.checkpoint_dtype),
         device=where,
+        quant=resolve_quant(quant),
         progress=progress,
     )
     return await trio.to_thread.run_sync(load)
@@ -87,7 +103,11 @@ async def start_hosting(node: Node, source: Source, span: Span, kv_memory: int |
     """Batcher, block host and announcer of `span`; returns once the neighbours have been told."""
     block_ms = await trio.to_thread.run_sync(span.measure)
     pool = KVPool(kv_memory if kv_memory is not None else default_kv_memory())
-    batcher = await node.supervisor.start(lambda: Batcher(span, pool, block_ms=block_ms), name="batcher")
+    passes = Passes(span, keep_bytes=pool.total // KEEP_SHARE)
+    pusher = Pusher(node.links, node.scout, source.name, node.nursery)
+    batcher = await node.supervisor.start(
+        lambda: Batcher(span, pool, block_ms=block_ms, passes=passes, push=pusher.push), name="batcher"
+    )
     host = await node.supervisor.start(
         lambda: BlockHost(
             node.peer_id,
@@ -98,10 +118,12 @@ async def start_hosting(node: Node, source: Source, span: Span, kv_memory: int |
             end=span.end,
             context_length=source.context_length,
             kv_token_bytes=span.kv_token_bytes,
+            warm=pusher.warm,
         ),
         name="host",
     )
-    node.links.route({OpenSession: host, CloseSession: host, GetStatus: host, Step: batcher})
+    node.links.route({OpenSession: host, CloseSession: host, GetStatus: host})
+    node.links.route({Step: batcher, Push: batcher, Forward: batcher, Backward: batcher})
     record = HostRecord(
         peer=node.peer_id,
         addresses=tuple(node.addresses),
@@ -157,6 +179,15 @@ def resolve_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
     return name
+
+
+def resolve_quant(name: str | None) -> Quant:
+    """How weights are kept; None is "none". Raises `ConfigError`."""
+    if name is None or name == "none":
+        return "none"
+    if name != "int8":
+        raise ConfigError(f"no quantisation {name!r}: choose one of none, int8")
+    return "int8"
 
 
 def resolve_dtype(name: str | None, device: str, checkpoint: Any) -> Any:

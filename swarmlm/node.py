@@ -35,7 +35,7 @@ from swarmlm.protocol import (
     Publish,
     State,
 )
-from swarmlm.transport.base import Transport, peer_of
+from swarmlm.transport.base import Transport, own_address, peer_of
 from swarmlm.transport.discovery import Discovery, NoDiscovery
 from swarmlm.transport.identity import Identity
 
@@ -92,8 +92,10 @@ class Node:
         links: Links,
         seeds: Sequence[Address],
         nursery: trio.Nursery,
+        announced: Sequence[Address] = (),
     ) -> None:
         self.transport = transport
+        self._announced = tuple(announced)
         self.identity = identity
         self.discovery = discovery
         self.supervisor = supervisor
@@ -112,8 +114,8 @@ class Node:
 
     @property
     def addresses(self) -> list[str]:
-        """Multiaddrs that others can pass as `peers`."""
-        return list(self.transport.addresses)
+        """Multiaddrs that others can pass as `peers`: those announced, else where the node listens."""
+        return list(self._announced or self.transport.addresses)
 
     async def source(self, model: str) -> Source:
         """The checkpoint behind a model name. Raises `ModelNotFound`, `ModelUnsupported`, `CheckpointCorrupt`."""
@@ -151,12 +153,14 @@ class Node:
         dtype: str | None = None,
         device: str = "cpu",
         threads: int | None = None,
+        quant: str | None = None,
         progress: Progress | None = None,
     ) -> HostHandle:
         """Serve `blocks` of `model` (all of them by default); returns once others can use them.
 
         `kv_memory` is the budget of all sessions' KV caches in bytes. `dtype` defaults to float32 on CPU and to the
-        checkpoint's own on a GPU. `threads` sets torch's thread count for the whole process.
+        checkpoint's own on a GPU. `threads` sets torch's thread count for the whole process. `quant` "int8" keeps
+        weights in a byte each: less memory, faster decoding, slightly other tokens.
         Raises `BadSpan` and what `source` raises; `Unreachable` if none of the node's peers answers.
         """
         from swarmlm.hosting import load_span, start_hosting
@@ -166,7 +170,9 @@ class Node:
         source = await self.source(model)
         if self.seeds:
             await self._meet_peers(source.name)
-        span = await load_span(source, blocks, dtype=dtype, device=device, threads=threads, progress=progress)
+        span = await load_span(
+            source, blocks, dtype=dtype, device=device, threads=threads, quant=quant, progress=progress
+        )
         self._hosting = await start_hosting(self, source, span, kv_memory)
         return self._hosting.handle
 
@@ -242,6 +248,7 @@ async def open_node(
     peers: Sequence[str] = (),
     *,
     listen: str | None = None,
+    announce: Sequence[str] = (),
     identity: str | None = None,
     transport: Transport | None = None,
     discovery: Discovery | None = None,
@@ -250,10 +257,11 @@ async def open_node(
     """Join the swarm of `peers` (full multiaddrs), or start one.
 
     `listen` is a multiaddr such as "/ip4/0.0.0.0/tcp/4001" and makes the node a full member that helps others find
-    hosts; None listens on a free loopback port and asks others only. `identity` is a key file, made if missing; None is
-    a fresh identity. `transport` and `discovery` replace libp2p's (for tests,
-    simulations and other networks); give the transport's own `key` with them.
-    Raises `ConfigError` for addresses that do not parse and a port in use.
+    hosts; None listens on a free loopback port and asks others only. `announce` are multiaddrs that others are told
+    instead of where the node listens: a router's forwarded port, a tunnel, a name. `identity` is a key file, made if
+    missing; None is a fresh identity. `transport` and `discovery` replace libp2p's (for tests, simulations and other
+    networks); give the transport's own `key` with them.
+    Raises `ConfigError` for addresses that do not parse, announced ones of another peer and a port in use.
     """
     seeds = [Address(peer) for peer in peers]
     for seed in seeds:
@@ -266,7 +274,8 @@ async def open_node(
 
                 key = Identity.load_or_create(Path(identity)) if identity else Identity.generate()
                 where = [Address(listen or "/ip4/127.0.0.1/tcp/0")]
-                libp2p = await stack.enter_async_context(open_libp2p(key, listen=where))
+                told = [Address(address) for address in announce]
+                libp2p = await stack.enter_async_context(open_libp2p(key, listen=where, announce=told))
                 kademlia = await stack.enter_async_context(open_kademlia(libp2p, server=listen is not None))
                 transport, discovery = libp2p, kademlia
             elif key is None:
@@ -277,7 +286,10 @@ async def open_node(
             links = Links(transport, nursery)
             directory = await supervisor.start(Directory, name="directory")
             links.route({GetDirectory: directory, Publish: directory})
-            node = Node(transport, key, discovery or NoDiscovery(), supervisor, directory, links, seeds, nursery)
+            announced = [own_address(address, transport.peer_id) for address in announce]
+            node = Node(
+                transport, key, discovery or NoDiscovery(), supervisor, directory, links, seeds, nursery, announced
+            )
             if kademlia is not None:
                 nursery.start_soon(_join, kademlia, seeds)
             try:

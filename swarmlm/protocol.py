@@ -13,20 +13,7 @@ from typing import Annotated, Any, Literal, NewType
 import msgpack
 import msgspec
 
-from swarmlm.actors.core.message import (
-    Blob,
-    Body,
-    Call,
-    Cancel,
-    Cast,
-    Envelope,
-    Failed,
-    Message,
-    Ok,
-    Ping,
-    Pong,
-    Reply,
-)
+from swarmlm.actors.core.message import Blob, Body, Call, Cancel, Cast, Envelope, Failed, Message, Ok, Ping, Pong, Reply
 from swarmlm.errors import ProtocolError
 
 PROTOCOL = "/swarmlm/1"  # the libp2p protocol id of a link; the 1 is bumped when old peers could misread us
@@ -57,15 +44,7 @@ DType = Literal["float32", "float16", "bfloat16", "int64", "int8", "uint8", "boo
 Codec = Literal["none", "float16", "bfloat16", "int8"]
 State = Literal["joining", "online", "draining"]
 
-ITEM_BYTES: dict[str, int] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int8": 1, "uint8": 1, "bool": 1}
 
 
 class Tensor(Body, frozen=True):
@@ -184,12 +163,14 @@ class GetStatus(Message[HostRole, HostStatus], tag="get_status", frozen=True):
 class SessionOpened(Body, tag="session_opened", frozen=True):
     kv_reserved: Count  # bytes
     idle_seconds: float  # the session expires after that long without a step
+    codecs: Annotated[tuple[Codec, ...], msgspec.Meta(max_length=8)] = ("none",)  # that its steps may use
 
 
 class OpenSession(Message[HostRole, SessionOpened], tag="open_session", frozen=True):
     """Reserve KV for `max_length` tokens x `batch` rows over [start, end), or be refused at once (`PoolFull`).
 
-    The same id again with a higher epoch empties the session and fences frames of the lower one.
+    The same id again with a higher epoch empties the session and fences frames of the lower one. `next_peer` is the
+    host of the blocks after `end`, which this one should be ready to push to.
     """
 
     session: SessionId
@@ -200,6 +181,7 @@ class OpenSession(Message[HostRole, SessionOpened], tag="open_session", frozen=T
     max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     batch: Batch = 1
     epoch: Count = 0
+    next_peer: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
 
 
 class CloseSession(Message[HostRole, Ok], tag="close_session", frozen=True):
@@ -207,8 +189,11 @@ class CloseSession(Message[HostRole, Ok], tag="close_session", frozen=True):
 
 
 class Hop(Body, frozen=True):
+    """Where a step goes on: the session there, and its epoch."""
+
     peer: Name
     session: SessionId
+    epoch: Count = 0
 
 
 class StepDone(Body, tag="step_done", frozen=True):
@@ -219,6 +204,7 @@ class StepDone(Body, tag="step_done", frozen=True):
     queue_ms: Milliseconds = 0.0
     compute_ms: Milliseconds = 0.0
     rows: Batch = 1  # rows of the device batch this step rode in
+    pushed: bool = False  # the output is on its way to the next hop, too
 
 
 class Step(Message[BatcherRole, StepDone], tag="step", frozen=True):
@@ -226,23 +212,101 @@ class Step(Message[BatcherRole, StepDone], tag="step", frozen=True):
 
     `position` is how many tokens the session holds before it: lower than held rolls back, equal appends, higher is
     refused. `padding` is the number of left-pad tokens of each row (empty: none). `hypo_ids` reorders the rows of the
-    cache first (beam search). `prompts` are added per block (deep prompt tuning).
+    cache first (beam search). `prompts` are added per block (deep prompt tuning). `codec` is how `hidden` is
+    compressed, and how the answer and what is pushed shall be.
+
+    A step may go from host to host: the client tells every host of it, only the first with `hidden`, each but the last
+    with the next in `next_hops`. A host pushes its output there (`Push`) and answers the client, too. `ticket` is the
+    number that a session's step has at all its hosts; one that names another as `after` waits for that to be done.
     """
 
     session: SessionId
     epoch: Count
     position: Tokens
-    hidden: Tensor
+    hidden: Tensor | None
     padding: Annotated[tuple[Tokens, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
     hypo_ids: Annotated[tuple[Row, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
     prompts: Tensor | None = None
     adapter: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
     codec: Codec = "none"
     next_hops: Annotated[tuple[Hop, ...], msgspec.Meta(max_length=MAX_BLOCKS)] = ()
+    ticket: Count = 0
+    after: Count = 0
 
 
-WireMessage = GetDirectory | Publish | GetStatus | OpenSession | CloseSession | Step
-WireReply = Ok | Listing | HostStatus | SessionOpened | StepDone
+class Push(Message[BatcherRole, Ok], tag="push", frozen=True):
+    """What `Step` number `ticket` is waiting for, from the host that computed it or from the client.
+
+    It may come before the step; what comes a second time is ignored.
+    """
+
+    session: SessionId
+    epoch: Count
+    ticket: Count
+    hidden: Tensor
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+PassKey = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]  # random: knowing it is the right to use it
+
+
+class ForwardDone(Body, tag="forward_done", frozen=True):
+    """`hidden` is the output of blocks [start, end), [rows, tokens, hidden]; `kept`: a `Backward` may name the key."""
+
+    hidden: Tensor
+    kept: bool = False
+    compute_ms: Milliseconds = 0.0
+
+
+class Forward(Message[BatcherRole, ForwardDone], tag="forward", frozen=True):
+    """Run whole sequences `hidden` [rows, tokens, hidden] through blocks [start, end), without a session or a cache.
+
+    `padding` is the number of left-pad tokens of each row (empty: none). `prompts` are added per block. `keep` asks the
+    host to keep what the gradient needs under that key, if it has memory.
+    """
+
+    model: Name
+    fingerprint: Name
+    start: Block
+    end: Block
+    hidden: Tensor
+    padding: Annotated[tuple[Tokens, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
+    prompts: Tensor | None = None
+    adapter: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
+    codec: Codec = "none"
+    keep: PassKey | None = None
+
+
+class BackwardDone(Body, tag="backward_done", frozen=True):
+    """`grad` is the gradient with respect to the input of blocks [start, end), in its shape."""
+
+    grad: Tensor
+    compute_ms: Milliseconds = 0.0
+
+
+class Backward(Message[BatcherRole, BackwardDone], tag="backward", frozen=True):
+    """The gradient at the input `hidden` of blocks [start, end), given `grad`, that at their output. Weights are fixed.
+
+    `hidden` may be left out when a `Forward` was kept under the key `keep`: `UnknownSession` if it is gone, and the
+    message comes again with `hidden`. A kept forward serves one `Backward`.
+    """
+
+    model: Name
+    fingerprint: Name
+    start: Block
+    end: Block
+    grad: Tensor
+    hidden: Tensor | None = None
+    padding: Annotated[tuple[Tokens, ...], msgspec.Meta(max_length=MAX_BATCH)] = ()
+    prompts: Tensor | None = None
+    adapter: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
+    codec: Codec = "none"
+    keep: PassKey | None = None
+
+
+WireMessage = GetDirectory | Publish | GetStatus | OpenSession | CloseSession | Step | Push | Forward | Backward
+WireReply = Ok | Listing | HostStatus | SessionOpened | StepDone | ForwardDone | BackwardDone
 
 
 # ---- codec -----------------------------------------------------------------------------------------------------

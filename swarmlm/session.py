@@ -222,16 +222,43 @@ async def open_node_session(
         length=max_length or min(DEFAULT_LENGTH, limit),
         limit=limit,
     )
-    client, tokenizer = await node.client_model(model, dtype)
+    loading = _Loading(functools.partial(node.client_model, model, dtype))
+    node.nursery.start_soon(loading.run)  # while the hosts are asked and dialled
     token = trio.lowlevel.current_trio_token()
-    await growing.open()
-    text = TextSession(
-        client, tokenizer, Bridge(growing, token, lambda: None), context_length=source.context_length, max_length=limit
-    )
-    session = NodeSession(node, source, growing, text)
+    session: NodeSession | None = None
     try:
+        await growing.open()
+        client, tokenizer = await loading.result()
+        bridge = Bridge(growing, token, lambda: None)
+        text = TextSession(client, tokenizer, bridge, context_length=source.context_length, max_length=limit)
+        session = NodeSession(node, source, growing, text)
         yield session
     finally:
         with trio.CancelScope(shield=True):
-            await session._stop()
+            if session is not None:
+                await session._stop()
             await growing.aclose()
+
+
+class _Loading:
+    """A load in a task of its own: its result, or its error, is told to whoever asks."""
+
+    def __init__(self, load: Callable[[], Awaitable[Any]]) -> None:
+        self._load = load
+        self._done = trio.Event()
+        self._value: Any = None
+        self._error: Exception | None = None
+
+    async def run(self) -> None:
+        try:
+            self._value = await self._load()
+        except Exception as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    async def result(self) -> Any:
+        await self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value

@@ -2,8 +2,8 @@
 
 It owns the KV pool and every session's cache, so that memory and schedule change in one place: a session that was
 promised memory has it until it is released or expires, and nothing else ever touches a cache while it computes.
-`Step` comes straight from a connection, `Reserve` and `Release` from the block host. Decode steps (one token a row) of
-different sessions run as one batch; a prefill chunk runs alone, in turn with them.
+`Step` and `Push` come straight from connections, `Reserve` and `Release` from the block host. What runs together is
+decided in `actors.schedule`; forward and backward passes of training take turns with those batches, one at a time.
 """
 
 from __future__ import annotations
@@ -12,23 +12,39 @@ import functools
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 
+import torch
 import trio
 
 from swarmlm.actors.core import Actor, Inbox, Message, Request
 from swarmlm.actors.core.message import Body, Ok
+from swarmlm.actors.schedule import Held, Pending, Schedule
 from swarmlm.errors import BadStep, Busy, StaleEpoch, SwarmError, UnknownSession
+from swarmlm.kernels.compression import compress, decompress
 from swarmlm.kernels.kv_pool import KVPool
-from swarmlm.kernels.wire import from_wire, to_wire
-from swarmlm.models.span import Span, SpanCache, SpanJob
-from swarmlm.protocol import BatcherRole, SessionId, SessionOpened, Step, StepDone
+from swarmlm.models.passes import Passes
+from swarmlm.models.span import Span, SpanJob
+from swarmlm.protocol import (
+    Backward,
+    BatcherRole,
+    Codec,
+    Forward,
+    PeerId,
+    Push,
+    SessionId,
+    SessionOpened,
+    Step,
+    StepDone,
+)
 
 log = logging.getLogger("swarmlm.batcher")
 
 IDLE_SECONDS = 600.0  # a client that says nothing for ten minutes has gone; its memory is wanted
-MAX_ROWS = 64  # rows of one decode batch: past this a step gets slower than people read
 MAX_WAITING = 1024  # steps taken in and not yet computed: their hidden states stay in memory
+MAX_PASSES = 8  # training passes waiting: each takes seconds, and its client can wait as well as we can
+MAX_EXPECTED = 64  # steps of a session waiting for a push, and pushes for a step: a pipeline has a few in flight
+CODECS: tuple[Codec, ...] = ("none", "float16", "bfloat16", "int8")
 SWEEP_SECONDS = 5.0  # how often idle sessions are looked for
 SMOOTHING = 0.2  # weight of the newest measurement in the running means
 
@@ -60,34 +76,38 @@ class GetLoad(Message[BatcherRole, Load], tag="get_load", frozen=True):
     pass
 
 
-@dataclass
-class _Held:
-    cache: SpanCache
-    epoch: int
-    used: float  # trio time of the last step
+Pushing = Callable[[PeerId, Push], Awaitable[bool]]  # whether the message is on its way; never waits
 
 
-@dataclass
-class _Pending:
-    request: Request
-    step: Step
-    job: SpanJob
-    held: _Held
-    arrived: float
+async def _no_push(peer: PeerId, message: Push) -> bool:
+    return False
 
 
 class Batcher(Actor[BatcherRole]):
     mailbox_size = 256  # taken in at once; what waits for the device is bounded by MAX_WAITING
 
-    def __init__(self, span: Span, pool: KVPool, *, block_ms: float = 1.0, idle_seconds: float = IDLE_SECONDS) -> None:
+    def __init__(
+        self,
+        span: Span,
+        pool: KVPool,
+        *,
+        block_ms: float = 1.0,
+        idle_seconds: float = IDLE_SECONDS,
+        passes: Passes | None = None,
+        push: Pushing = _no_push,
+    ) -> None:
         self._span = span
         self._pool = pool
         self._idle_seconds = idle_seconds
-        self._sessions: dict[SessionId, _Held] = {}
-        self._waiting: deque[_Pending] = deque()
+        self._passes = passes
+        self._push = push
+        self._sessions: dict[SessionId, Held] = {}
+        self._schedule = Schedule(self._sessions)
+        self._training: deque[Request] = deque()
         self._block_ms = block_ms
+        self._computing = 0  # of the steps in the schedule
         self._threads = trio.CapacityLimiter(1)
-        self._work = trio.Event()  # set while steps wait
+        self._work = trio.Event()  # set when something may have become computable
 
     async def stopped(self) -> None:
         for session in list(self._sessions):
@@ -100,19 +120,16 @@ class Batcher(Actor[BatcherRole]):
             nursery.start_soon(self._sweep)
             while True:
                 await self._work.wait()
-                for batch in (self._next_decodes(), self._next_prefill()):
-                    if batch:
-                        await self._compute(batch)
-                if not self._waiting:
-                    self._work = trio.Event()
+                self._work = trio.Event()
+                while await self._compute_batch() | await self._compute_pass():
+                    pass
 
     async def _take_requests(self, inbox: Inbox[BatcherRole]) -> None:
         while True:
             self._take(await inbox.get())
             for request in inbox.take_nowait(self.mailbox_size):
                 self._take(request)
-            if self._waiting:
-                self._work.set()
+            self._work.set()
 
     async def _sweep(self) -> None:
         while True:
@@ -125,9 +142,14 @@ class Batcher(Actor[BatcherRole]):
         message = request.message
         try:
             if isinstance(message, Step):
-                if len(self._waiting) >= MAX_WAITING:
-                    raise Busy(f"{MAX_WAITING} steps are waiting for this device", waiting=MAX_WAITING)
-                self._waiting.append(self._admit(request, message))
+                self._take_step(request, message)
+            elif isinstance(message, Push):
+                self._take_push(message)
+                request.answer(Ok())
+            elif isinstance(message, Forward | Backward) and self._passes is not None:
+                if len(self._training) >= MAX_PASSES:
+                    raise Busy(f"{MAX_PASSES} passes are waiting for this device", waiting=MAX_PASSES)
+                self._training.append(request)
             elif isinstance(message, Reserve):
                 request.answer(self._reserve(message))
             elif isinstance(message, Release):
@@ -140,23 +162,41 @@ class Batcher(Actor[BatcherRole]):
         except SwarmError as error:
             request.fail(error)
 
-    def _admit(self, request: Request, step: Step) -> _Pending:
+    def _take_step(self, request: Request, step: Step) -> None:
+        if len(self._schedule) >= MAX_WAITING:
+            raise Busy(f"{MAX_WAITING} steps are waiting for this device", waiting=MAX_WAITING)
         held = self._sessions.get(step.session)
         if held is None:
             raise UnknownSession("this host holds no such session (it expired, was closed, or the host restarted)")
         if step.epoch != held.epoch:
             raise StaleEpoch(f"the session is at epoch {held.epoch}, the step at {step.epoch}")
-        if step.prompts is not None or step.adapter or step.codec != "none" or step.next_hops:
-            raise BadStep("this host takes no prompts, adapters, codecs or next hops")
-        job = SpanJob(
-            cache=held.cache,
-            hidden=from_wire(step.hidden),
-            position=step.position,
-            padding=step.padding,
-            hypo_ids=step.hypo_ids,
-        )
+        if step.prompts is not None or step.adapter:
+            raise BadStep("this host takes no prompts or adapters")
         held.used = trio.current_time()
-        return _Pending(request, step, job, held, time.perf_counter())
+        given = step.hidden if step.hidden is not None else held.parked.pop(step.ticket, None)
+        hidden = decompress(given, step.codec) if given is not None else None
+        pending = Pending(request, step, held, hidden, time.perf_counter())
+        if hidden is not None:
+            self._schedule.add(pending)
+            return
+        for ticket in [ticket for ticket, other in held.expected.items() if other.request.abandoned]:
+            del held.expected[ticket]
+        if len(held.expected) >= MAX_EXPECTED:
+            raise Busy(f"{MAX_EXPECTED} steps of this session wait for what they compute", waiting=MAX_EXPECTED)
+        held.expected[step.ticket] = pending
+
+    def _take_push(self, push: Push) -> None:
+        """Complete the step that waits for it, or keep it for one that is still on its way."""
+        held = self._sessions.get(push.session)
+        if held is None or push.epoch != held.epoch or push.ticket <= held.done:
+            return
+        pending = held.expected.pop(push.ticket, None)
+        if pending is not None:
+            pending.hidden = decompress(push.hidden, pending.step.codec)
+            pending.arrived = time.perf_counter()
+            self._schedule.add(pending)
+        elif len(held.parked) < MAX_EXPECTED and not self._schedule.holds(held, push.ticket):
+            held.parked[push.ticket] = push.hidden
 
     def _reserve(self, ask: Reserve) -> SessionOpened:
         held = self._sessions.get(ask.session)
@@ -170,16 +210,21 @@ class Batcher(Actor[BatcherRole]):
         except BaseException:
             self._pool.release(ask.session)
             raise
-        self._sessions[ask.session] = _Held(cache, ask.epoch, trio.current_time())
-        return SessionOpened(kv_reserved=needed, idle_seconds=self._idle_seconds)
+        self._sessions[ask.session] = Held(cache, ask.epoch, trio.current_time())
+        return SessionOpened(kv_reserved=needed, idle_seconds=self._idle_seconds, codecs=CODECS)
 
     def _release(self, session: SessionId) -> None:
-        if self._sessions.pop(session, None) is not None:
+        held = self._sessions.pop(session, None)
+        if held is not None:
             self._pool.release(session)
+            for pending in held.expected.values():
+                pending.request.fail(UnknownSession("the session was closed while the step waited"))
 
     def _expire(self) -> None:
+        if self._passes is not None:
+            self._passes.expire()
         deadline = trio.current_time() - self._idle_seconds
-        busy = {id(pending.held) for pending in self._waiting}
+        busy = {id(pending.held) for pending in self._schedule}
         for session, held in list(self._sessions.items()):
             if held.used < deadline and id(held) not in busy:
                 log.info("session %s expired after %.0f idle seconds", session.hex()[:8], self._idle_seconds)
@@ -189,80 +234,107 @@ class Batcher(Actor[BatcherRole]):
         return Load(
             kv_free=self._pool.free,
             kv_total=self._pool.total,
-            queue=len(self._waiting),
+            queue=len(self._schedule) - self._computing,
             sessions=len(self._sessions),
             block_ms=self._block_ms,
         )
 
-    # ---- choosing and computing ----------------------------------------------------------------------------------
+    # ---- computing -----------------------------------------------------------------------------------------------
 
-    def _next_decodes(self) -> list[_Pending]:
-        """Every waiting one-token step, oldest first, at most one a session and `MAX_ROWS` rows in all."""
-        chosen: list[_Pending] = []
-        rows, seen = 0, set()
-        for pending in self._waiting:
-            size = pending.job.hidden.shape[0]
-            if pending.job.hidden.dim() != 3 or pending.job.hidden.shape[1] != 1 or pending.step.session in seen:
-                continue
-            if chosen and rows + size > MAX_ROWS:
-                break
-            seen.add(pending.step.session)
-            rows += size
-            chosen.append(pending)
-        return self._withdraw(chosen)
+    async def _compute_batch(self) -> bool:
+        """One batch of steps; False if there is none."""
+        chosen = self._schedule.choose(trio.current_time())
+        batch = [(pending, pending.slice(tokens)) for pending, tokens in chosen if self._still_good(pending)]
+        if batch:
+            self._computing = len(batch)
+            await self._compute(batch)
+            self._computing = 0
+        return bool(chosen)
 
-    def _next_prefill(self) -> list[_Pending]:
-        for pending in self._waiting:
-            if pending.job.hidden.dim() != 3 or pending.job.hidden.shape[1] != 1:
-                return self._withdraw([pending])
-        return []
-
-    def _withdraw(self, chosen: list[_Pending]) -> list[_Pending]:
-        """Take the chosen out of the queue; drop those nobody waits for; answer those that cannot run."""
-        ready = []
-        for pending in chosen:
-            self._waiting.remove(pending)
-            if pending.request.abandoned:
-                continue
+    def _still_good(self, pending: Pending) -> bool:
+        """Whether it can run; else it is answered, or dropped because nobody waits for it."""
+        if not pending.request.abandoned:
             try:
                 if self._sessions.get(pending.step.session) is not pending.held:
                     raise UnknownSession("the session was closed while the step waited")
-                self._span.check(pending.job)
+                if pending.taken == 0:
+                    self._span.check(pending.whole())
+                return True
             except SwarmError as error:
                 pending.request.fail(error)
-            else:
-                ready.append(pending)
-        return ready
+        self._schedule.remove(pending)
+        return False
 
-    async def _compute(self, batch: list[_Pending]) -> None:
+    async def _compute(self, batch: list[tuple[Pending, SpanJob]]) -> None:
+        jobs = [job for _, job in batch]
         started = time.perf_counter()
         try:
-            outputs = await trio.to_thread.run_sync(
-                functools.partial(self._span.run, [pending.job for pending in batch]), limiter=self._threads
-            )
-        except SwarmError as error:
-            for pending in batch:
-                pending.request.fail(error)
-            return
+            outputs = await trio.to_thread.run_sync(functools.partial(self._span.run, jobs), limiter=self._threads)
         except Exception as error:
-            log.exception("a batch of %d failed; its sessions are dropped", len(batch))
-            for pending in batch:
-                self._release(pending.step.session)  # their caches may hold half a step
+            if not isinstance(error, SwarmError):
+                log.exception("a batch of %d failed; its sessions are dropped", len(batch))
+            for pending, _ in batch:
+                self._schedule.remove(pending)
+                if not isinstance(error, SwarmError):
+                    self._release(pending.step.session)  # their caches may hold half a step
                 pending.request.fail(error)
             return
         compute_ms = (time.perf_counter() - started) * 1e3
-        rows = sum(pending.job.hidden.shape[0] for pending in batch)
-        blocks = max(pending.held.cache.end - pending.held.cache.start for pending in batch)
-        if batch[0].job.hidden.shape[1] == 1:
+        rows = sum(job.hidden.shape[0] for job in jobs)
+        if all(pending.is_decode for pending, _ in batch):
+            blocks = max(pending.held.cache.end - pending.held.cache.start for pending, _ in batch)
             self._block_ms += SMOOTHING * (compute_ms / blocks - self._block_ms)
-        for pending, output in zip(batch, outputs, strict=True):
-            pending.held.used = trio.current_time()
-            pending.request.answer(
-                StepDone(
-                    hidden=to_wire(output),
-                    position=pending.held.cache.position,
-                    queue_ms=max(0.0, (started - pending.arrived) * 1e3),
-                    compute_ms=compute_ms,
-                    rows=rows,
-                )
+        for (pending, job), output in zip(batch, outputs, strict=True):
+            pending.taken += job.hidden.shape[1]
+            pending.compute_ms += compute_ms
+            pending.outputs.append(output)
+            if pending.taken < pending.tokens:
+                self._schedule.took_turn(pending)
+            else:
+                self._schedule.remove(pending)
+                await self._finish(pending, rows)
+
+    async def _finish(self, pending: Pending, rows: int) -> None:
+        """Answer a step that has run, and push its output on if it goes on elsewhere."""
+        step, held = pending.step, pending.held
+        held.used = trio.current_time()
+        if pending.is_decode:
+            held.decoded = held.used
+        held.done = max(held.done, step.ticket)
+        for ticket in [ticket for ticket in held.parked if ticket <= held.done]:
+            del held.parked[ticket]
+        output = pending.outputs[0] if len(pending.outputs) == 1 else torch.cat(pending.outputs, dim=1)
+        wire = compress(output, step.codec)
+        pushed = False
+        if step.next_hops and not pending.request.abandoned:
+            following = step.next_hops[0]
+            push = Push(following.session, following.epoch, step.ticket, wire)
+            pushed = await self._push(PeerId(following.peer), push)
+        waited = (time.perf_counter() - pending.arrived) * 1e3
+        pending.request.answer(
+            StepDone(
+                hidden=wire,
+                position=held.cache.position,
+                queue_ms=max(0.0, waited - pending.compute_ms),
+                compute_ms=pending.compute_ms,
+                rows=rows,
+                pushed=pushed,
             )
+        )
+
+    async def _compute_pass(self) -> bool:
+        """One forward or backward of training; False if there is none."""
+        while self._training:
+            request = self._training.popleft()
+            if request.abandoned or self._passes is None:
+                continue
+            try:
+                work = functools.partial(self._passes.run, request.message)
+                request.answer(await trio.to_thread.run_sync(work, limiter=self._threads))
+            except SwarmError as error:
+                request.fail(error)
+            except Exception as error:
+                log.exception("a training pass failed")
+                request.fail(error)
+            return True
+        return False

@@ -5,6 +5,8 @@ It answers `OpenSession`, `CloseSession` and `GetStatus`; memory and steps are t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from swarmlm.actors.batcher import GetLoad, Load, Release, Reserve
 from swarmlm.actors.core import Actor, Message, Ref, handles
 from swarmlm.actors.core.message import Ok
@@ -42,6 +44,7 @@ class BlockHost(Actor[HostRole]):
         end: int,
         context_length: int,
         kv_token_bytes: int,
+        warm: Callable[[PeerId], None] = lambda peer: None,
     ) -> None:
         self._peer = peer
         self._batcher = batcher
@@ -50,6 +53,7 @@ class BlockHost(Actor[HostRole]):
         self._start, self._end = start, end
         self._context_length = context_length
         self._kv_token_bytes = kv_token_bytes
+        self._warm = warm  # makes ready to push to a peer
         self._state: State = "online"
 
     @handles(OpenSession)
@@ -76,7 +80,10 @@ class BlockHost(Actor[HostRole]):
             batch=ask.batch,
             max_length=ask.max_length,
         )
-        return await self._batcher.call(reserve, deadline=BATCHER_SECONDS)
+        opened = await self._batcher.call(reserve, deadline=BATCHER_SECONDS)
+        if ask.next_peer:
+            self._warm(PeerId(ask.next_peer))
+        return opened
 
     @handles(CloseSession)
     async def close_session(self, ask: CloseSession) -> Ok:

@@ -57,6 +57,11 @@ class Links:
                 self._shared[peer] = connection
             return connection
 
+    def ready(self, peer: PeerId) -> Connection | None:
+        """The shared link to `peer` if it is up now."""
+        connection = self._shared.get(peer)
+        return connection if connection is not None and not connection.closed else None
+
     async def ask(self, peer: PeerId, addresses: Sequence[Address], message: Message[Any, R], *, timeout: float) -> R:
         """Call `message` on the shared link to `peer`. Raises what `Ref.call` raises, or `Unreachable`."""
         with trio.move_on_after(timeout):

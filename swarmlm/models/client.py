@@ -4,6 +4,7 @@
     model.generate(ids, max_new_tokens=8)                    # opens a session and closes it
     with model.inference_session(max_length=64):             # one session for several calls
         model.generate(ids, max_new_tokens=8)
+    model(ids, labels=ids).loss.backward()                   # with passes=: what is trainable here gets its gradient
 
 `generate()` stays transformers' own. Hidden states of single blocks are not here, so `output_hidden_states` gives the
 embeddings and the output of the last block.
@@ -30,7 +31,8 @@ from swarmlm.models.loading import (
     narrow_config,
     returns_tuple,
 )
-from swarmlm.models.remote import RemoteCache, RemoteStack, SessionOpener, left_padding
+from swarmlm.models.remote import BlockingPasses, RemoteCache, RemoteStack, SessionOpener, left_padding
+from swarmlm.models.shared_head import share_head
 from swarmlm.models.source import Source
 
 LOOKAHEAD = 64  # tokens: what assisted and prompt-lookup decoding may try past the last one it keeps
@@ -40,13 +42,16 @@ def load_client_model(
     source: Source,
     *,
     open_session: SessionOpener,
+    passes: BlockingPasses | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Any:
     """Read everything of `source` but its blocks. Raises `ModelUnsupported`, `CheckpointCorrupt`.
 
-    `open_session(batch, max_length)` is called when the first tokens are run.
+    `open_session(batch, max_length)` is called when the first tokens are run. `passes` is the way of gradients: with
+    it, a forward outside `generate()` and sessions goes there if a backward may follow (gradients are enabled and
+    something asks for them) or no cache is wanted (`use_cache=False`). Padding may then be on either side.
     """
     config = copy.deepcopy(source.config)
     model = build_meta_model(config, causal_lm=True, dtype=dtype)
@@ -54,11 +59,12 @@ def load_client_model(
     stack = RemoteStack(returns_tuple(model, int(source.config.hidden_size)))
     setattr(decoder, name, nn.ModuleList([stack]))
     load_into(model, source, dtype=dtype, device=device, progress=progress)
+    share_head(model)
     narrow_config(model, 0, 1, source.num_blocks)  # the family sees a model of one layer: the remote stack
     model.generation_config = source.generation_config()
     family = type(model)
     model.__class__ = _distributed(family)
-    model._swarm = _Swarm(stack, open_session, source)
+    model._swarm = _Swarm(stack, open_session, passes, source)
     return model
 
 
@@ -75,16 +81,19 @@ def _distributed(family: type) -> type:
 class _Swarm:
     """What a distributed model knows beyond its family's attributes."""
 
-    def __init__(self, stack: RemoteStack, open_session: SessionOpener, source: Source) -> None:
+    def __init__(
+        self, stack: RemoteStack, open_session: SessionOpener, passes: BlockingPasses | None, source: Source
+    ) -> None:
         self.stack = stack
         self.open_session = open_session
+        self.passes = passes
         self.source = source
         self.active: RemoteCache | None = None
         self.opened: list[RemoteCache] = []
 
 
 class _Distributed:
-    """Mixed into the family's class: gives every forward a session."""
+    """Mixed into the family's class: gives every forward a session, or none where gradients are wanted."""
 
     _swarm: _Swarm
 
@@ -100,6 +109,16 @@ class _Distributed:
         assert given is not None, "a forward needs input_ids or inputs_embeds"
         cache = past_key_values if isinstance(past_key_values, RemoteCache) else self._swarm.active
         own = cache is None
+        passes = self._swarm.passes
+        if cache is None and passes is not None and self._wants_passes(inputs_embeds, kwargs.get("use_cache")):
+            padding = left_padding(attention_mask, given.shape[0], right=True)
+            with self._swarm.stack.running(passes, padding):
+                return super().forward(  # type: ignore[misc]
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    inputs_embeds=inputs_embeds,
+                    **(kwargs | {"use_cache": False}),
+                )
         if cache is None:
             cache = RemoteCache(self._swarm.open_session, given.shape[1])
         padding = left_padding(attention_mask, given.shape[0])
@@ -115,6 +134,13 @@ class _Distributed:
         finally:
             if own:
                 cache.close()
+
+    def _wants_passes(self, inputs_embeds: torch.Tensor | None, use_cache: bool | None) -> bool:
+        model: Any = self
+        if not (model.config.use_cache if use_cache is None else use_cache):
+            return True
+        given = inputs_embeds is not None and inputs_embeds.requires_grad
+        return torch.is_grad_enabled() and (given or any(weight.requires_grad for weight in model.parameters()))
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import typing
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from swarmlm.errors import CheckpointCorrupt, ModelUnsupported, SwarmError
 from swarmlm.models.checkpoint import LazyTensor
+from swarmlm.models.lean import release_unused_memory
 from swarmlm.models.source import Source
 
 Progress = Callable[[int, int], None]  # (tensors read, tensors to read)
@@ -31,8 +34,7 @@ def build_meta_model(config: Any, *, causal_lm: bool = False, dtype: torch.dtype
     with _building:
         for attention in ("sdpa", "eager"):
             try:
-                with torch.device("meta"):
-                    model = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+                model = _from_config(auto, config, dtype=dtype, attn_implementation=attention)
                 return model.eval().requires_grad_(False)
             except ValueError as error:
                 if attention == "sdpa" and "scaled_dot_product" in str(error):
@@ -42,6 +44,43 @@ def build_meta_model(config: Any, *, causal_lm: bool = False, dtype: torch.dtype
                     f"{config.model_type} is no decoder that transformers can build: {text}"
                 ) from None
     raise ModelUnsupported(f"{config.model_type} has no attention that runs here")
+
+
+class _Structure(TorchFunctionMode):
+    """What a model on the meta device asks of torch that would import sympy (0.3 s, 40 MB) to compute nothing.
+
+    Random initialisation of tensors without data is skipped. `ranges`: rotary frequencies and the like are computed
+    on the CPU, where that needs no symbols; families that mix them with parameters cannot have it.
+    """
+
+    def __init__(self, *, ranges: bool) -> None:
+        super().__init__()
+        self._ranges = ranges
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        elif self._ranges and func is torch.arange and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+def _from_config(auto: Any, config: Any, **options: Any) -> Any:
+    """The model with every parameter and buffer on the meta device."""
+    try:
+        with torch.device("meta"), _Structure(ranges=True):
+            model = auto.from_config(config, **options)
+    except (RuntimeError, NotImplementedError):
+        with torch.device("meta"), _Structure(ranges=False):
+            model = auto.from_config(config, **options)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to("meta")  # `load_into` lets the family write them all
+    return model
 
 
 def decoder_of(model: nn.Module) -> Any:
@@ -62,7 +101,14 @@ def layers_name(model: nn.Module) -> str:
 
 
 def returns_tuple(model: Any, hidden_size: int) -> bool:
-    """Whether the family's layers return a tuple, told by running its code without data up to the first layer's end."""
+    """Whether the family's layers return a tuple, as its code says.
+
+    Where that is not one tensor, the code is run without data up to the first layer's end (0.3 s, mostly imports).
+    """
+    layer = decoder_layers(model)[0]
+    said = _said_to_return(layer)
+    if said is torch.Tensor:
+        return False
 
     class _Seen(Exception):
         pass
@@ -74,7 +120,6 @@ def returns_tuple(model: Any, hidden_size: int) -> bool:
     from transformers import DynamicCache
 
     seen: list[bool] = []
-    layer = decoder_layers(model)[0]
     hidden = torch.zeros(1, 1, hidden_size, device="meta", dtype=model.dtype)
     hook = layer.register_forward_hook(stop)
     try:
@@ -84,9 +129,14 @@ def returns_tuple(model: Any, hidden_size: int) -> bool:
         pass
     finally:
         hook.remove()
-    if seen:
-        return seen[0]
-    return "tuple" in str(typing.get_type_hints(layer.forward).get("return", "")).lower()
+    return seen[0] if seen else "tuple" in str(said).lower()
+
+
+def _said_to_return(layer: nn.Module) -> Any:
+    try:
+        return typing.get_type_hints(layer.forward).get("return", "")
+    except (NameError, TypeError):  # names that the family imports for type checkers only
+        return inspect.get_annotations(layer.forward).get("return", "")
 
 
 def narrow_config(model: Any, start: int, end: int, blocks: int) -> None:
@@ -163,14 +213,16 @@ def load_into(
         )
     _fill_buffers(model, torch.device(device))
     model.eval().requires_grad_(False)
+    source.checkpoint.close()
+    release_unused_memory()
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:
     """Buffers that no checkpoint holds (rotary frequencies, masks): the family's own initialisation writes them."""
     for module in model.modules():
-        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.device.type == "meta"]
-        for name in empty:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        for name, buffer in empty.items():
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
         if empty:
             with torch.no_grad():
                 model._init_weights(module)

@@ -1,6 +1,7 @@
 """The remote stack: one module in place of all of a model's layers, and the cache that stands for its session.
 
-Whoever drives the model decides what a session is: anything with `BlockingSession`'s three members.
+Whoever drives the model decides what a session is: anything with `BlockingSession`'s three members. Training goes
+another way, without a session: whole sequences through `BlockingPasses`, with gradients.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from swarmlm.errors import UsageError
@@ -33,6 +35,31 @@ class BlockingSession(Protocol):
 
 
 SessionOpener = Callable[[int, int], BlockingSession]  # (batch, max_length)
+
+
+class BlockingPasses(Protocol):
+    """All blocks of the model, somewhere, run over whole sequences without leaving anything there."""
+
+    def forward(
+        self, hidden: torch.Tensor, padding: tuple[int, ...], *, differentiable: bool
+    ) -> tuple[torch.Tensor, Any]:
+        """(the output for `hidden`, both [rows, tokens, hidden size]; what `backward` needs, if `differentiable`)."""
+
+    def backward(self, tape: Any, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient at the input of the forward that gave `tape`, from that at its output, in the same shape."""
+
+
+class _ThroughPasses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, passes: BlockingPasses, padding: tuple[int, ...]) -> torch.Tensor:
+        output, ctx.tape = passes.forward(hidden.detach(), padding, differentiable=True)
+        ctx.passes = passes
+        return output.to(hidden.device, hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.passes.backward(ctx.tape, grad).to(grad.device, grad.dtype), None, None
 
 
 class _RemoteLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -113,7 +140,7 @@ class RemoteStack(nn.Module):
         self._calls = threading.local()
 
     @contextmanager
-    def running(self, cache: RemoteCache, padding: tuple[int, ...]) -> Any:
+    def running(self, cache: RemoteCache | BlockingPasses, padding: tuple[int, ...]) -> Any:
         before = getattr(self._calls, "current", None)
         self._calls.current = (cache, padding)
         try:
@@ -123,14 +150,23 @@ class RemoteStack(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-        cache, padding = self._calls.current
-        output: torch.Tensor = cache.step(hidden, padding)
+        through, padding = self._calls.current
+        output: torch.Tensor
+        if isinstance(through, RemoteCache):
+            output = through.step(hidden, padding)
+        elif torch.is_grad_enabled() and hidden.requires_grad:
+            output = _ThroughPasses.apply(hidden, through, padding)  # type: ignore[no-untyped-call]
+        else:
+            output, _ = through.forward(hidden, padding, differentiable=False)
         output = output.to(hidden.device, hidden.dtype)
         return (output,) if self._returns_tuple else output
 
 
-def left_padding(attention_mask: torch.Tensor | None, rows: int) -> tuple[int, ...]:
-    """Left-pad tokens of each row; () if there are none. Raises `UsageError` for any other mask."""
+def left_padding(attention_mask: torch.Tensor | None, rows: int, *, right: bool = False) -> tuple[int, ...]:
+    """Left-pad tokens of each row; () if there are none. Raises `UsageError` for any other mask.
+
+    `right` allows padding at the end as well: where nothing is generated, no token that counts looks at it.
+    """
     if attention_mask is None or bool(attention_mask.all()):
         return ()
     if attention_mask.dim() != 2:
@@ -138,7 +174,12 @@ def left_padding(attention_mask: torch.Tensor | None, rows: int) -> tuple[int, .
     mask = attention_mask.bool()
     padding = mask.long().argmax(-1)
     columns = torch.arange(mask.shape[1], device=mask.device)
-    if not torch.equal(mask, columns >= padding[:, None]):
+    expected = columns >= padding[:, None]
+    if right:
+        expected &= columns < (padding + mask.sum(-1))[:, None]
+    if not torch.equal(mask, expected):
+        if right:
+            raise UsageError("a mask with holes does not work over a swarm: the tokens of a row must be contiguous")
         raise UsageError("only left padding works over a swarm: set tokenizer.padding_side = 'left'")
     if len(padding) != rows:
         raise UsageError(f"a mask of {len(padding)} rows for a batch of {rows}")

@@ -5,26 +5,37 @@ stubs, and only our tensors are read. In a forward, the hidden state enters at o
 our last, so nothing the family does before or after its layers (scaling, positions, norms) touches it.
 
 A session may run a part of the span (a route can enter at any block): the other blocks pass its hidden state by.
+
+That is the generic path, right for every family. After loading, its linear layers are packed (`models.packing`), and
+families of a known shape get a fast path beside it (`models.fused`). Both are compared with the generic path on random
+tokens before anybody is served; what does not agree is not used.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from swarmlm.errors import BadSpan, BadStep, ContextTooLong
+from swarmlm.errors import BadSpan, BadStep, ContextTooLong, ModelUnsupported
 from swarmlm.models.cache import DynamicState, SlabCache, StepCache, keeps_plain_keys
-from swarmlm.models.loading import Progress, build_meta_model, decoder_of, layers_name, load_into, narrow_config
+from swarmlm.models.fused import FusedBlocks, FusedJob
+from swarmlm.models.loading import Progress, build_meta_model, decoder_layers, decoder_of, layers_name, load_into
+from swarmlm.models.packing import Quant, pack_linears
+from swarmlm.models.selfcheck import differs, sample
 from swarmlm.models.source import Source
+from swarmlm.models.stubs import rebase, stub_all_but
+
+log = logging.getLogger("swarmlm.models")
 
 MEASURED_STEPS = 5  # one-token steps timed after warm-up; the median is announced
 
@@ -63,6 +74,10 @@ class SpanJob:
     hypo_ids: tuple[int, ...] = ()
 
 
+class _Disagrees(Exception):
+    """A faster way of computing gave other numbers."""
+
+
 @dataclass
 class _Pass:
     """What the blocks of a running forward need to know."""
@@ -90,8 +105,10 @@ class Span:
         self.start, self.end = start, end
         self.dtype, self.device = dtype, device
         self.hidden_size = int(source.config.hidden_size)
+        self.weight_bytes = sum(weight.nbytes for weight in model.parameters())
         self._plain = keeps_plain_keys(model.config)
-        for index, layer in enumerate(getattr(decoder_of(model), layers_name(model))):
+        self._fused: FusedBlocks | None = None
+        for index, layer in enumerate(decoder_layers(model)):
             layer.forward = self._guard(layer.forward, index)
         self._token_bytes, self._fixed_bytes = self._probe()
 
@@ -104,9 +121,36 @@ class Span:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        quant: Quant = "none",
+        fast: bool = True,
         progress: Progress | None = None,
     ) -> Span:
-        """Read blocks [start, end) of `source` and nothing else. Raises `BadSpan`, `CheckpointCorrupt`."""
+        """Read blocks [start, end) of `source` and nothing else. Raises `BadSpan`, `CheckpointCorrupt`.
+
+        `fast` lets the span use packed weights and the fast path where they agree with the generic one; `quant`
+        changes the weights themselves.
+        """
+        span = cls._read(source, start, end, dtype, device, progress)
+        if fast or quant != "none":
+            try:
+                span._speed_up(quant)
+            except (AttributeError, RuntimeError, _Disagrees) as error:
+                if quant != "none":
+                    raise ModelUnsupported(f"{source.name} does not run with {quant} weights: {error}") from error
+                log.warning("%s runs without packed weights: %s", source.name, error)
+                span = cls._read(source, start, end, dtype, device, progress)
+        return span
+
+    @classmethod
+    def _read(
+        cls,
+        source: Source,
+        start: int,
+        end: int,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        progress: Progress | None,
+    ) -> Span:
         blocks = source.num_blocks
         if not 0 <= start < end <= blocks:
             raise BadSpan(f"blocks {start}:{end} are no span of {source.name}, which has {blocks} blocks (0:{blocks})")
@@ -116,11 +160,32 @@ class Span:
         for index in range(blocks):
             if not start <= index < end:
                 layers[index] = nn.Identity()
-        _stub_all_but(model, decoder, name, int(source.config.hidden_size))
+        stub_all_but(model, decoder, name, int(source.config.hidden_size))
         load_into(model, source, dtype=dtype, device=device, progress=progress)
         setattr(decoder, name, nn.ModuleList(list(layers)[start:end]))
-        _rebase(model, getattr(decoder, name), start, end, blocks)
+        rebase(model, getattr(decoder, name), start, end, blocks)
         return cls(model, source, start, end, dtype, torch.device(device))
+
+    @property
+    def fast(self) -> bool:
+        """Whether the fast path is in use."""
+        return self._fused is not None
+
+    def _speed_up(self, quant: Quant) -> None:
+        """Pack the weights, and switch the fast path on if it computes what the family's own code does."""
+        usual = sample(self)
+        layers = decoder_layers(self._model)
+        self.weight_bytes = pack_linears(layers, quant)
+        packed = sample(self)
+        if quant == "none" and differs(packed, usual, self.dtype):
+            raise _Disagrees("packed weights compute something else")
+        if not self._plain:
+            return
+        rotary = getattr(decoder_of(self._model), "rotary_emb", None)
+        self._fused = FusedBlocks.of(self._model.config, layers, rotary)
+        if self._fused is not None and differs(sample(self), packed, self.dtype, rough=quant != "none"):
+            log.warning("%s runs without its fast path, which computes something else", self.name)
+            self._fused = None
 
     # ---- sessions --------------------------------------------------------------------------------------------------
 
@@ -176,20 +241,23 @@ class Span:
     # ---- computing -------------------------------------------------------------------------------------------------
 
     def run(self, jobs: Sequence[SpanJob]) -> list[torch.Tensor]:
-        """The outputs [batch, n, hidden size] of `jobs`, in order. One-token jobs of several sessions run together."""
+        """The outputs [batch, n, hidden size] of `jobs`, in order, of different sessions.
+
+        Jobs over the same blocks run together: all of them on the fast path, those of one token on the generic one.
+        """
         outputs: list[torch.Tensor | None] = [None] * len(jobs)
         together: dict[tuple[int, int], list[int]] = {}
         with self._lock, torch.inference_mode():
             for index, job in enumerate(jobs):
                 self._place(job)
-                if self._plain and job.hidden.shape[1] == 1:
+                if self._fused is not None or (self._plain and job.hidden.shape[1] == 1):
                     together.setdefault((job.cache.start, job.cache.end), []).append(index)
                 else:
                     outputs[index] = self._forward([job])
             for indices in together.values():
-                output = self._forward([jobs[index] for index in indices])
-                sizes = [jobs[index].cache.batch for index in indices]
-                for index, part in zip(indices, torch.split(output, sizes), strict=True):
+                chosen = [jobs[index] for index in indices]
+                parts = self._run_fused(chosen) if self._fused is not None else self._run_decodes(chosen)
+                for index, part in zip(indices, parts, strict=True):
                     outputs[index] = part
         return [output for output in outputs if output is not None]
 
@@ -199,6 +267,24 @@ class Span:
         if job.hypo_ids:
             job.cache.state.reorder(torch.tensor(job.hypo_ids, device=self.device))
 
+    def _run_fused(self, jobs: Sequence[SpanJob]) -> Sequence[torch.Tensor]:
+        assert self._fused is not None
+        plans = []
+        for job in jobs:
+            assert isinstance(job.cache.state, SlabCache)
+            plans.append(FusedJob(job.cache.state, job.hidden.shape[1], job.padding if any(job.padding) else ()))
+        flat = [job.hidden.reshape(-1, self.hidden_size) for job in jobs]
+        hidden = (torch.cat(flat) if len(flat) > 1 else flat[0]).to(self.device, self.dtype)
+        first, last = jobs[0].cache.start - self.start, jobs[0].cache.end - self.start
+        output = self._fused.run(plans, hidden, first, last)
+        for job in jobs:
+            job.cache.state.advance(job.position + job.hidden.shape[1])
+        parts = torch.split(output, [plan.rows for plan in plans])
+        return [part.view(job.hidden.shape) for part, job in zip(parts, jobs, strict=True)]
+
+    def _run_decodes(self, jobs: Sequence[SpanJob]) -> Sequence[torch.Tensor]:
+        return torch.split(self._forward(jobs), [job.cache.batch for job in jobs])
+
     def _forward(self, jobs: Sequence[SpanJob]) -> torch.Tensor:
         states = [job.cache.state for job in jobs]
         slabs = [state for state in states if isinstance(state, SlabCache)]
@@ -206,22 +292,11 @@ class Span:
         hidden = torch.cat([job.hidden for job in jobs]) if len(jobs) > 1 else jobs[0].hidden
         hidden = hidden.to(self.device, self.dtype)
         mask, positions = self._mask(jobs, hidden.shape[1])
-        first, last = jobs[0].cache.start - self.start, jobs[0].cache.end - self.start
-        self._pass = running = _Pass(first, last, hidden)
-        try:
-            self._model(
-                inputs_embeds=hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        finally:
-            self._pass = None
+        first, last = jobs[0].cache.start, jobs[0].cache.end
+        output = self._generic(hidden, first, last, mask, positions, past_key_values=cache, use_cache=True)
         for state, job in zip(states, jobs, strict=True):
             state.advance(job.position + hidden.shape[1])
-        assert running.output is not None
-        return running.output
+        return output
 
     def _mask(self, jobs: Sequence[SpanJob], tokens: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(attention mask [rows, longest] or None if all tokens count, position ids [rows, tokens])."""
@@ -238,6 +313,42 @@ class Span:
             return None, positions
         columns = torch.arange(longest, device=self.device)
         return (columns >= torch.tensor(blank, device=self.device)[:, None]).long(), positions
+
+    def differentiable(self, hidden: torch.Tensor, start: int, end: int, padding: tuple[int, ...] = ()) -> torch.Tensor:
+        """Blocks [start, end) over whole sequences `hidden` [rows, tokens, hidden size], without a cache.
+
+        With gradients enabled, the output leads back to `hidden` where that asks for its gradient; weights never do.
+        """
+        hidden = hidden.to(self.device, self.dtype)
+        pads = torch.tensor(padding or (0,) * hidden.shape[0], device=self.device)[:, None]
+        columns = torch.arange(hidden.shape[1], device=self.device)
+        mask = (columns >= pads).long() if any(padding) else None
+        with self._lock:
+            return self._generic(hidden, start, end, mask, (columns - pads).clamp_min(0), use_cache=False)
+
+    def _generic(
+        self,
+        hidden: torch.Tensor,
+        start: int,
+        end: int,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor,
+        **cache: Any,
+    ) -> torch.Tensor:
+        """Blocks [start, end) by the family's own code. What it does with its input before them is thrown away."""
+        first, last = self._local(start, end)
+        self._pass = running = _Pass(first, last, hidden)
+        try:
+            self._model(inputs_embeds=hidden.detach(), attention_mask=mask, position_ids=positions, **cache)
+        finally:
+            self._pass = None
+        assert running.output is not None
+        return running.output
+
+    def weights(self) -> Iterator[torch.Tensor]:
+        """Every parameter and buffer held."""
+        yield from self._model.parameters()
+        yield from self._model.buffers()
 
     def _guard(self, forward: Callable[..., Any], index: int) -> Callable[..., Any]:
         """A block's forward, between taking the hidden state in (our first) and putting the output out (our last)."""
@@ -287,37 +398,3 @@ class Span:
             self.run([SpanJob(cache, torch.zeros(1, 1, self.hidden_size), position)])
             times.append(time.perf_counter() - started)
         return statistics.median(times[2:]) * 1e3 / (self.end - self.start)
-
-
-class _Stub(nn.Module):
-    """Stands for a module before or after our blocks: its result is thrown away, only its shape must fit."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self._hidden_size = hidden_size
-
-    def forward(self, given: Any = None, *_: Any, **__: Any) -> Any:
-        if not isinstance(given, torch.Tensor) or (given.dim() == 3 and given.shape[-1] == self._hidden_size):
-            return given
-        return torch.zeros(1, 1, self._hidden_size, device=given.device)  # ids, or a mask that positions come from
-
-
-def _stub_all_but(model: Any, decoder: Any, layers: str, hidden_size: int) -> None:
-    """Replace every module with weights outside the layers, from the top of the model down to the decoder."""
-    chain = [module for module in model.modules() if any(part is decoder for part in module.modules())]
-    for module in chain:
-        for name, child in list(module.named_children()):
-            keep = any(child is part for part in chain) or (module is decoder and name == layers)
-            if not keep and next(child.parameters(), None) is not None:
-                setattr(module, name, _Stub(hidden_size))
-        for name, _ in list(module.named_parameters(recurse=False)):
-            setattr(module, name, None)
-
-
-def _rebase(model: Any, layers: nn.ModuleList, start: int, end: int, blocks: int) -> None:
-    """Make the family's code see a model of just our layers: indices from 0, per-layer lists of our length."""
-    for module in layers.modules():
-        for field in ("layer_idx", "layer_id", "layer_number"):
-            if isinstance(index := getattr(module, field, None), int):
-                setattr(module, field, index - start)
-    narrow_config(model, start, end, blocks)

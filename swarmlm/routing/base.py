@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from swarmlm.actors.core import Connection
 from swarmlm.errors import SwarmError
-from swarmlm.protocol import PeerId
+from swarmlm.protocol import Codec, PeerId
 from swarmlm.routing.graph import HostView
 
 
@@ -29,7 +29,9 @@ class Swarm(Protocol):
 class SessionOptions:
     """Tokens and seconds. The defaults suit hosts on home connections."""
 
-    chunk: int = 512  # tokens of a prefill or replay step: other sessions' decode steps wait for no more than this
+    chunk: int = 512  # tokens of a prefill or replay step: what one message carries, and a host takes in at once
+    push: bool = True  # let hosts hand their outputs to each other
+    codec: Codec = "none"  # how hidden states are compressed where the host knows how; others may change tokens
     connect_timeout: float = 5.0  # a dial and a handshake, through a relay if need be
     open_timeout: float = 10.0  # reserving memory takes no time, but its answer may wait behind a prefill chunk
     step_timeout: float = 60.0  # a chunk on a slow machine; dead peers are noticed by heartbeats long before
@@ -59,3 +61,4 @@ class Terms:
     fingerprint: str
     max_length: int
     batch: int
+    codec: Codec = "none"

@@ -10,7 +10,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import count, pairwise
 
 import trio
 
@@ -159,11 +159,15 @@ class Recruiter:
         """Open at once what of `path` is not in `opened` yet; returns the failures."""
         failures: list[tuple[PathHop, SwarmError]] = []
 
+        following = {place: after.peer for place, after in pairwise(path)}
+
         async def open_one(place: PathHop) -> None:
             orphans = self._orphans.pop(place.peer, [])
             epoch = self.next_epoch()
             try:
-                opened[place] = await open_hop(self._swarm, self.terms, place, epoch, orphans, self._options)
+                opened[place] = await open_hop(
+                    self._swarm, self.terms, place, epoch, orphans, self._options, following.get(place, "")
+                )
             except SwarmError as error:
                 failures.append((place, error))
                 if not isinstance(error, Refused | UsageError):

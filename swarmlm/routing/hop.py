@@ -5,14 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 import trio
 
 from swarmlm.actors.core import Connection
 from swarmlm.errors import BadStep, Busy, RemoteFailure, StaleEpoch, SwarmError, UnknownSession, UsageError
-from swarmlm.kernels.wire import from_wire, to_wire
-from swarmlm.protocol import CloseSession, OpenSession, SessionId, Step, StepDone
+from swarmlm.kernels.compression import compress, decompress
+from swarmlm.protocol import CloseSession, Codec, OpenSession, Push, SessionId, Step, StepDone
+from swarmlm.protocol import Hop as NextHop
 from swarmlm.routing.base import SessionOptions, Swarm, Terms
 from swarmlm.routing.graph import PathHop, RouteHop
 from swarmlm.routing.journal import Journal, Rows
@@ -20,6 +22,19 @@ from swarmlm.routing.journal import Journal, Rows
 BUSY_WAITS = (0.05, 0.2, 0.5, 1.0)  # seconds between tries at a host whose mailbox is full; then another host is better
 CLOSE_SECONDS = 1.0  # for a host to hear that we go; it would notice by itself
 SMOOTHING = 0.2  # weight of the newest round trip in the running mean
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive tokens of a step, as every hop sees them: `shape` is [batch, tokens, hidden]."""
+
+    position: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    padding: Rows = ()
+    hypo_ids: Rows = ()
+    ticket: int = 0
+    after: int = 0
 
 
 class HopFailed(Exception):
@@ -35,13 +50,21 @@ class Hop:
     """Made by `open_hop`. `held` is how many tokens the host's cache holds, None after a step that was not answered."""
 
     def __init__(
-        self, place: PathHop, connection: Connection, session: SessionId, epoch: int, journal: Journal
+        self,
+        place: PathHop,
+        connection: Connection,
+        session: SessionId,
+        epoch: int,
+        journal: Journal,
+        next_peer: str = "",
     ) -> None:
         self.peer, self.start, self.end = place.peer, place.start, place.end
         self.session = session
         self.journal = journal
         self.held: int | None = 0
         self.failed: HopFailed | None = None
+        self.next_peer = next_peer
+        self.codec: Codec = "none"  # what the host and we agreed on
         self._connection = connection
         self._epoch = epoch
         self._ms = 0.0
@@ -55,34 +78,72 @@ class Hop:
         return RouteHop(self.peer, self.start, self.end, self._ms)
 
     async def step(
-        self, hidden: torch.Tensor, position: int, *, padding: Rows = (), hypo_ids: Rows = (), timeout: float
+        self,
+        hidden: torch.Tensor,
+        position: int,
+        *,
+        padding: Rows = (),
+        hypo_ids: Rows = (),
+        ticket: int = 0,
+        timeout: float,
     ) -> torch.Tensor:
         """The span's output for `hidden` [batch, tokens, hidden], in the same shape and dtype.
 
         Raises `HopFailed` when the hop is lost. `UsageError` and `BadStep` are the caller's fault; the host is fine.
         """
         clean = self.held == position
-        message = Step(self.session, self._epoch, position, to_wire(hidden), padding=padding, hypo_ids=hypo_ids)
+        part = Part(position, tuple(hidden.shape), hidden.dtype, padding, hypo_ids, ticket)
         started = trio.current_time()
         try:
-            done = await self._ask(message, timeout)
-            output = from_wire(done.hidden)
-            after = position + hidden.shape[1]
-            if output.shape != hidden.shape or done.position != after:
-                got = f"{tuple(output.shape)} at {done.position}"
-                raise RemoteFailure(f"{self.peer} answered with {got} instead of {tuple(hidden.shape)} at {after}")
-        except UsageError:
-            raise
+            output, _ = await self.ask(part, hidden, timeout=timeout)
         except BadStep as error:
             if clean:
                 raise
             # A cache that cannot go back that far (recurrent layers) is filled anew; a bad step then fails again.
             raise HopFailed(error, rebuild=True) from error
+        self.held = position + hidden.shape[1]
+        self.measure(hidden.shape[1], (trio.current_time() - started) * 1e3)
+        return output
+
+    async def ask(
+        self, part: Part, hidden: torch.Tensor | None, *, onward: Hop | None = None, timeout: float
+    ) -> tuple[torch.Tensor, StepDone]:
+        """The span's output for `part` of a step, and all that the host said. Errors as `step`.
+
+        Without `hidden` the host waits for it to be pushed, or brought by `feed`. `onward` is whom it shall push to.
+        """
+        shape, after = part.shape, part.position + part.shape[1]
+        message = Step(
+            self.session,
+            self._epoch,
+            part.position,
+            compress(hidden, self.codec) if hidden is not None else None,
+            padding=part.padding,
+            hypo_ids=part.hypo_ids,
+            codec=self.codec,
+            next_hops=(NextHop(onward.peer, onward.session, onward._epoch),) if onward is not None else (),
+            ticket=part.ticket,
+            after=part.after,
+        )
+        try:
+            done = await self._ask(message, timeout)
+            output = decompress(done.hidden, self.codec)
+            if output.shape != shape or done.position != after:
+                got = f"{tuple(output.shape)} at {done.position}"
+                raise RemoteFailure(f"{self.peer} answered with {got} instead of {shape} at {after}")
+        except (UsageError, BadStep):
+            raise
         except SwarmError as error:
             raise HopFailed(error, rebuild=isinstance(error, UnknownSession | StaleEpoch)) from error
-        self.held = after
-        self._measure(hidden.shape[1], (trio.current_time() - started) * 1e3)
-        return output.to(hidden.dtype)
+        return output.to(part.dtype), done
+
+    async def feed(self, ticket: int, hidden: torch.Tensor) -> None:
+        """Bring what step number `ticket` is waiting for. Raises `HopFailed` when the connection is lost."""
+        message = Push(self.session, self._epoch, ticket, compress(hidden, self.codec))
+        try:
+            await self._connection.ref().cast(message)
+        except SwarmError as error:
+            raise HopFailed(error) from error
 
     async def open(self, terms: Terms, epoch: int, *, timeout: float) -> None:
         """Reserve memory, or empty what is there and fence the frames of before. Raises what the host answers."""
@@ -96,8 +157,10 @@ class Hop:
             max_length=terms.max_length,
             batch=terms.batch,
             epoch=epoch,
+            next_peer=self.next_peer,
         )
-        await self._connection.ref().call(ask, deadline=timeout)
+        opened = await self._connection.ref().call(ask, deadline=timeout)
+        self.codec = terms.codec if terms.codec in opened.codecs else "none"
         self.held = 0
 
     async def close(self) -> bool:
@@ -119,7 +182,8 @@ class Hop:
                 await trio.sleep(wait)
         return await self._connection.ref().call(message, deadline=timeout)
 
-    def _measure(self, tokens: int, ms: float) -> None:
+    def measure(self, tokens: int, ms: float) -> None:
+        """Take in how long a step of `tokens` tokens took."""
         if tokens == 1:
             self._ms = ms if self._decodes == 0 else self._ms + SMOOTHING * (ms - self._ms)
             self._decodes += 1
@@ -128,7 +192,13 @@ class Hop:
 
 
 async def open_hop(
-    swarm: Swarm, terms: Terms, place: PathHop, epoch: int, orphans: list[SessionId], options: SessionOptions
+    swarm: Swarm,
+    terms: Terms,
+    place: PathHop,
+    epoch: int,
+    orphans: list[SessionId],
+    options: SessionOptions,
+    next_peer: str = "",
 ) -> Hop:
     """Connect and reserve memory. Raises `Unreachable`, what the host answers, or what became of the connection.
 
@@ -137,7 +207,7 @@ async def open_hop(
     """
     connection = await swarm.connect(place.peer, timeout=options.connect_timeout)
     session: SessionId = secrets.token_bytes(16)
-    hop = Hop(place, connection, session, epoch, Journal(terms.max_length))
+    hop = Hop(place, connection, session, epoch, Journal(terms.max_length), next_peer)
     try:
         while orphans:
             await connection.ref().call(CloseSession(orphans[-1]), deadline=options.open_timeout)

@@ -27,13 +27,17 @@ import trio
 from swarmlm.errors import BadStep, Closed, ContextTooLong, NoRoute, SwarmError
 from swarmlm.routing.base import SessionEvent, SessionOptions, Swarm, Terms
 from swarmlm.routing.failover import Recruiter, replay
+from swarmlm.routing.flow import Flow
 from swarmlm.routing.graph import RouteHop
-from swarmlm.routing.hop import Hop, HopFailed
+from swarmlm.routing.hop import Hop, HopFailed, Part
 from swarmlm.routing.journal import Mark, Rows, taken
 
 __all__ = ["Session", "SessionEvent", "SessionOptions", "Swarm", "open_session"]
 
 log = logging.getLogger("swarmlm.routing")
+
+MIN_CHUNK = 64  # tokens: below it a host computes a token more slowly than in longer chunks
+CHUNKS_A_HOP = 4  # of a prompt, for each hop: the pipeline fills and drains in a fraction of its length
 
 
 class Session:
@@ -51,6 +55,7 @@ class Session:
         self._turn = trio.Lock()
         self._give_up_at: float | None = None  # set by the first failure in a step
         self._rebuilt: set[Hop] = set()  # in this step: once each
+        self._ticket = 0  # of the last part of a step that was sent
         self._closed = False
 
     @property
@@ -90,11 +95,8 @@ class Session:
             before = [(hop, hop.journal.mark()) for hop in self._hops]
             self._give_up_at = None
             self._rebuilt.clear()
-            outputs = []
             try:
-                for done in range(0, hidden.shape[1], self._options.chunk):
-                    chunk = hidden[:, done : done + self._options.chunk]
-                    outputs.append(await self._run(chunk, at + done, padding, hypo_ids if done == 0 else ()))
+                outputs = await self._run_all(hidden, at, padding, hypo_ids)
             except BaseException:
                 await self._take_back(before, reordered=bool(hypo_ids))
                 raise
@@ -123,21 +125,65 @@ class Session:
         if hypo_ids and (len(hypo_ids) != batch or not all(0 <= row < batch for row in hypo_ids)):
             raise BadStep(f"hypo_ids needs a row below {batch} for each of {batch} rows, not {list(hypo_ids)}")
 
-    async def _run(self, hidden: torch.Tensor, position: int, padding: Rows, hypo_ids: Rows) -> torch.Tensor:
-        """One chunk through all hops."""
+    async def _run_all(self, hidden: torch.Tensor, position: int, padding: Rows, hypo_ids: Rows) -> list[torch.Tensor]:
+        """The step's chunks through all hops: at once where nothing stands against it, else hop by hop."""
+        size = self._chunk_size(hidden.shape[1])
+        chunks = [(position + at, hidden[:, at : at + size]) for at in range(0, hidden.shape[1], size)]
+        known: list[dict[Hop, torch.Tensor]] = [{} for _ in chunks]
+        if self._options.push and not hypo_ids and (len(self._hops) > 1 or len(chunks) > 1):
+            known = await self._run_together(chunks, padding)
+        outputs = []
+        for (at, chunk), done in zip(chunks, known, strict=True):
+            outputs.append(await self._run(chunk, at, padding, hypo_ids if at == position else (), done))
+        return outputs
+
+    def _chunk_size(self, tokens: int) -> int:
+        """Short enough that a prompt's chunks keep all hosts busy, long enough that products of matrices stay large."""
+        if not self._options.push or len(self._hops) < 2:
+            return self._options.chunk
+        return min(self._options.chunk, max(MIN_CHUNK, tokens // (CHUNKS_A_HOP * len(self._hops))))
+
+    async def _run_together(
+        self, chunks: list[tuple[int, torch.Tensor]], padding: Rows
+    ) -> list[dict[Hop, torch.Tensor]]:
+        """For each chunk the outputs of the hops it came through: of all, if nothing fails."""
+        if any(hop.failed is not None for hop in self._hops):
+            return [{} for _ in chunks]
+        flow = Flow(self._hops, timeout=self._options.step_timeout)
+        parts = [(Part(at, tuple(chunk.shape), chunk.dtype, padding), chunk) for at, chunk in chunks]
+        await flow.run(parts, self._next_ticket)
+        if flow.refused is not None:
+            raise flow.refused
+        return [flow.outputs(number) for number in range(len(chunks))]
+
+    def _next_ticket(self) -> int:
+        self._ticket += 1
+        return self._ticket
+
+    async def _run(
+        self, hidden: torch.Tensor, position: int, padding: Rows, hypo_ids: Rows, known: dict[Hop, torch.Tensor]
+    ) -> torch.Tensor:
+        """One chunk through all hops, one after another. Of some hops the outputs may be `known` already."""
         index = 0
         while index < len(self._hops):
             hop = self._hops[index]
             if hop.failed is not None:
                 await self._recover(index, hop.failed)
                 continue
-            try:
-                output = await hop.step(
-                    hidden, position, padding=padding, hypo_ids=hypo_ids, timeout=self._options.step_timeout
-                )
-            except HopFailed as failure:
-                hop.failed = failure
-                continue
+            output = known.get(hop)
+            if output is None:
+                try:
+                    output = await hop.step(
+                        hidden,
+                        position,
+                        padding=padding,
+                        hypo_ids=hypo_ids,
+                        ticket=self._next_ticket(),
+                        timeout=self._options.step_timeout,
+                    )
+                except HopFailed as failure:
+                    hop.failed = failure
+                    continue
             if hypo_ids:
                 hop.journal.reorder(hypo_ids)
             hop.journal.append(hidden, padding)
@@ -242,7 +288,7 @@ async def open_session(
             on_event(event)
 
     options = options or SessionOptions()
-    recruiter = Recruiter(swarm, Terms(model, fingerprint, max_length, batch), options, emit)
+    recruiter = Recruiter(swarm, Terms(model, fingerprint, max_length, batch, options.codec), options, emit)
     until = trio.current_time() + options.open_patience
     session = Session(await recruiter.recruit(0, blocks, until=until, opening=True), recruiter, options, emit)
     try:

@@ -51,6 +51,18 @@ class Transport(Protocol):
         """
 
 
+def own_address(address: str, peer: PeerId) -> Address:
+    """`address` ending in /p2p/`peer`. Raises `ConfigError` if it names another peer or is no multiaddr at all."""
+    from swarmlm.errors import ConfigError
+
+    if not address.startswith("/"):
+        raise ConfigError(f"{address!r} is no address such as /ip4/203.0.113.5/tcp/4001")
+    head, mark, named = address.partition("/p2p/")
+    if mark and named != peer:
+        raise ConfigError(f"{address!r} names another peer than this node, {peer}")
+    return Address(f"{head}/p2p/{peer}")
+
+
 def peer_of(address: Address) -> PeerId:
     """The peer id that ends a multiaddr. Raises `ConfigError` if there is none."""
     from swarmlm.errors import ConfigError

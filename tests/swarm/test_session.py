@@ -21,9 +21,10 @@ async def test_a_chain_of_three_is_the_whole_model(autojump_clock: MockClock) ->
             began = trio.current_time()
             for _ in range(5):
                 await twin.step()
-            assert trio.current_time() - began == pytest.approx(5 * 3 * 2 * LATENCY, rel=0.01)
+            assert trio.current_time() - began == pytest.approx(5 * (3 + 1) * LATENCY, rel=0.01)
             assert [hop[1:3] for hop in twin.session.route] == list(THREE)
-            assert all(hop.ms == pytest.approx(2e3 * LATENCY, rel=0.01) for hop in twin.session.route)
+            ways = [hop.ms / (1e3 * LATENCY) for hop in twin.session.route]
+            assert ways == pytest.approx([2, 1, 1], rel=0.1)  # there and back, then what each adds to it
             assert [step[:2] for step in swarm.hosts[0].steps[:3]] == [(0, 4), (4, 4), (8, 3)]
             assert twin.session.failovers == 0
             history = twin.session.history(11)
@@ -208,7 +209,8 @@ async def test_a_cache_that_cannot_go_back_is_filled_anew(autojump_clock: MockCl
 async def test_a_step_cancelled_at_any_moment_never_happened(
     autojump_clock: MockClock, hypo_ids: tuple[int, ...]
 ) -> None:
-    """Three hops take 3 x (2 latencies + 4 ms) = 42 ms: cancelled every 2 ms of it."""
+    """Three hops take 4 latencies + 3 x 4 ms = 32 ms, with a reorder 6 latencies: cancelled every 2 ms of it."""
+    finished_at = 21 if hypo_ids else 16
     async with toy_swarm() as swarm:
         for start, end in THREE:
             await swarm.add(start, end, delay=0.004)
@@ -218,7 +220,7 @@ async def test_a_step_cancelled_at_any_moment_never_happened(
             for number in range(24):
                 with trio.move_on_after(0.001 + number * 0.002) as scope:
                     await twin.session.step(twin.tokens(2), hypo_ids=hypo_ids)
-                assert scope.cancelled_caught == (number < 21), number
+                assert scope.cancelled_caught == (number < finished_at), number
                 if not scope.cancelled_caught:
                     await twin.step(1, position=0)  # the step was done: begin anew
                     await twin.step(5)

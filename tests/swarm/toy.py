@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import trio
 
-from swarmlm.actors.core import Actor, Connection, handles, open_supervisor, serve
+from swarmlm.actors.core import Actor, Connection, Inbox, handles, open_supervisor
 from swarmlm.actors.core.message import Ok
+from swarmlm.actors.links import Links
+from swarmlm.actors.pusher import Pusher
 from swarmlm.errors import BadStep, Busy, PoolFull, StaleEpoch, SwarmError, UnknownSession, WrongModel
 from swarmlm.kernels.wire import from_wire, to_wire
-from swarmlm.protocol import Address, CloseSession, OpenSession, PeerId, SessionOpened, Step, StepDone
+from swarmlm.protocol import Address, CloseSession, OpenSession, PeerId, Push, SessionOpened, Step, StepDone
 from swarmlm.routing.graph import HostView
 from swarmlm.routing.session import Session, SessionEvent, SessionOptions, open_session
 from swarmlm.transport.link import FramedLink
@@ -38,6 +40,8 @@ class ToyCache:
         self.inputs = {block: torch.empty(batch, 0, HIDDEN, dtype=torch.int64) for block in range(start, end)}
         self.epoch = 0
         self.bytes = 0
+        self.done = 0  # ticket of the last step
+        self.pushed: dict[int, torch.Tensor] = {}  # by ticket
 
     @property
     def position(self) -> int:
@@ -73,11 +77,14 @@ class ToyHost(Actor[Any]):
     draining: bool = False
     recurrent: bool = False  # can only go back to 0
     listed: bool = True
+    pushing: bool = True
     before: Callable[[Step], None] = field(default=lambda step: None)
     after: Callable[[Step], None] = field(default=lambda step: None)
     sessions: dict[bytes, ToyCache] = field(default_factory=dict)
     steps: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)  # position, tokens, hypo_ids
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    pusher: Pusher | None = None
+    pushes: int = 0  # outputs that went to the next host
     peer: PeerId = field(init=False)
     addresses: tuple[Address, ...] = ()
 
@@ -100,33 +107,79 @@ class ToyHost(Actor[Any]):
             raise PoolFull(f"needs {needed} bytes, {self.free} free", needed=needed, free=self.free)
         cache = self.sessions[ask.session] = ToyCache(ask.start, ask.end, ask.batch)
         cache.epoch, cache.bytes = ask.epoch, needed
+        self.news.unpark_all()
+        if ask.next_peer and self.pusher is not None:
+            self.pusher.warm(PeerId(ask.next_peer))
         return SessionOpened(needed, 600.0)
 
     @handles(CloseSession)
     async def close(self, ask: CloseSession) -> Ok:
         self.sessions.pop(ask.session, None)
+        self.news.unpark_all()
+        return Ok()
+
+    async def run(self, inbox: Inbox[Any]) -> None:
+        """Steps may wait for a push, so each request has a task; they run one after another all the same."""
+        self.turn, self.news = trio.Lock(), trio.lowlevel.ParkingLot()
+        async with trio.open_nursery() as nursery:
+            while True:
+                nursery.start_soon(self.handle, await inbox.get())
+
+    @handles(Push)
+    async def take_push(self, push: Push) -> Ok:
+        cache = self.sessions.get(push.session)
+        if cache is not None and cache.epoch == push.epoch and push.ticket > cache.done:
+            cache.pushed[push.ticket] = from_wire(push.hidden)
+            self.news.unpark_all()
         return Ok()
 
     @handles(Step)
     async def step(self, step: Step) -> StepDone:
-        self.before(step)
-        await trio.sleep(self.delay)
-        cache = self.sessions.get(step.session)
-        if cache is None:
-            raise UnknownSession("no such session")
-        if step.epoch != cache.epoch:
-            raise StaleEpoch("an old epoch")
-        hidden = from_wire(step.hidden)
-        held = cache.position
-        if step.position > held or (self.recurrent and 0 < step.position < held):
-            raise BadStep(f"position {step.position}, {held} held")
-        if bool((hidden < 0).any()):
-            raise BadStep("negative values")
-        self.steps.append((step.position, hidden.shape[1], step.hypo_ids))
-        output = cache.run(hidden, step.position, padding=step.padding, hypo_ids=step.hypo_ids)
-        self.after(step)
+        while True:
+            cache = self.sessions.get(step.session)
+            if cache is None:
+                raise UnknownSession("no such session")
+            if step.epoch != cache.epoch:
+                raise StaleEpoch("an old epoch")
+            hidden = from_wire(step.hidden) if step.hidden is not None else cache.pushed.get(step.ticket)
+            if hidden is not None and cache.done >= step.after:
+                break
+            await self.news.park()
+        async with self.turn:
+            self.before(step)
+            await trio.sleep(self.delay)
+            if self.sessions.get(step.session) is not cache:
+                raise UnknownSession("closed meanwhile")
+            held = cache.position
+            if step.position > held or (self.recurrent and 0 < step.position < held):
+                raise BadStep(f"position {step.position}, {held} held")
+            if bool((hidden < 0).any()):
+                raise BadStep("negative values")
+            self.steps.append((step.position, hidden.shape[1], step.hypo_ids))
+            output = cache.run(hidden, step.position, padding=step.padding, hypo_ids=step.hypo_ids)
+            cache.done = max(cache.done, step.ticket)
+            cache.pushed = {ticket: pushed for ticket, pushed in cache.pushed.items() if ticket > cache.done}
+            self.news.unpark_all()
+            self.after(step)
+            await trio.lowlevel.checkpoint()
+            pushed = False
+            if step.next_hops and self.pusher is not None:
+                there = step.next_hops[0]
+                message = Push(there.session, there.epoch, step.ticket, to_wire(output))
+                pushed = await self.pusher.push(PeerId(there.peer), message)
+                self.pushes += pushed
+            return StepDone(to_wire(output), cache.position, pushed=pushed)
+
+
+class ToyScout:
+    """Where the hosts of a toy swarm are, for their `Pusher`s."""
+
+    def __init__(self, hosts: list[ToyHost]) -> None:
+        self._hosts = hosts
+
+    async def hosts(self, model: str) -> list[ToyHost]:
         await trio.lowlevel.checkpoint()
-        return StepDone(to_wire(output), cache.position)
+        return self._hosts
 
 
 class ToySwarm:
@@ -152,11 +205,14 @@ class ToySwarm:
         with host.scope:
             async with self.network.open_transport() as transport, open_supervisor(max_restarts=99) as supervisor:
                 ref = await supervisor.start(lambda: host)
-                routes: dict[Any, Any] = {OpenSession: ref, CloseSession: ref, Step: ref}
-                transport.set_handler(lambda stream: serve(FramedLink(stream), routes))
-                host.peer, host.addresses = transport.peer_id, tuple(transport.addresses)
-                task_status.started()
-                await trio.sleep_forever()
+                async with trio.open_nursery() as nursery:
+                    links = Links(transport, nursery)
+                    links.route({OpenSession: ref, CloseSession: ref, Step: ref, Push: ref})
+                    if host.pushing:
+                        host.pusher = Pusher(links, ToyScout(self.hosts), MODEL, nursery)  # type: ignore[arg-type]
+                    host.peer, host.addresses = transport.peer_id, tuple(transport.addresses)
+                    task_status.started()
+                    await trio.sleep_forever()
 
     def kill(self, host: ToyHost) -> None:
         self.network.kill(host.peer)

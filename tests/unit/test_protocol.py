@@ -15,7 +15,11 @@ from swarmlm.errors import _BY_CODE, PoolFull, ProtocolError, RemoteFailure, Swa
 from swarmlm.protocol import (
     ITEM_BYTES,
     MAX_RECORD,
+    Backward,
+    BackwardDone,
     CloseSession,
+    Forward,
+    ForwardDone,
     GetDirectory,
     GetStatus,
     Hop,
@@ -75,6 +79,14 @@ def records(draw: st.DrawFn) -> HostRecord:
 
 
 signed = st.builds(SignedRecord, st.binary(max_size=50), st.binary(max_size=64))
+terms = (names, names, blocks, blocks)
+extras = (
+    st.lists(blocks, max_size=3).map(tuple),
+    st.none() | tensors(),
+    st.text(max_size=5),
+    st.sampled_from(["none", "float16", "int8"]),
+    st.none() | sessions,
+)
 messages = st.one_of(
     st.builds(GetDirectory, names),
     st.builds(Publish, signed, st.booleans()),
@@ -94,6 +106,8 @@ messages = st.one_of(
         st.sampled_from(["none", "float16", "int8"]),
         st.lists(st.builds(Hop, names, sessions), max_size=2).map(tuple),
     ),
+    st.builds(Forward, *terms, tensors(), *extras),
+    st.builds(Backward, *terms, tensors(), st.none() | tensors(), *extras),
 )
 replies = st.one_of(
     st.builds(Ok),
@@ -103,6 +117,8 @@ replies = st.one_of(
     ),
     st.builds(SessionOpened, counts, floats),
     st.builds(StepDone, tensors(), blocks, floats, floats, st.integers(1, 9)),
+    st.builds(ForwardDone, tensors(), st.booleans(), floats),
+    st.builds(BackwardDone, tensors(), floats),
 )
 envelopes = st.one_of(
     st.builds(Call, counts, floats, messages),

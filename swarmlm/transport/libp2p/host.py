@@ -22,9 +22,9 @@ from multiaddr import Multiaddr
 from swarmlm.actors.core.groups import only, unwrapped
 from swarmlm.errors import Closed, ConfigError, ConnectionLost, Unavailable, Unreachable
 from swarmlm.protocol import PROTOCOL, Address, PeerId
-from swarmlm.transport.base import Handler
+from swarmlm.transport.base import Handler, own_address
 from swarmlm.transport.libp2p.network import DialFailed, Network, quieten
-from swarmlm.transport.libp2p.sockets import bind, local_addresses
+from swarmlm.transport.libp2p.sockets import bind, endpoint, local_addresses
 from swarmlm.transport.libp2p.stream import MuxedStream
 
 if TYPE_CHECKING:
@@ -185,14 +185,21 @@ def _short(peer: str) -> str:
 
 @asynccontextmanager
 async def open_libp2p(
-    identity: Identity, *, listen: Sequence[Address] = (Address("/ip4/127.0.0.1/tcp/0"),)
+    identity: Identity,
+    *,
+    listen: Sequence[Address] = (Address("/ip4/127.0.0.1/tcp/0"),),
+    announce: Sequence[Address] = (),
 ) -> AsyncIterator[Libp2pTransport]:
     """A transport that listens on `listen` (none: it only dials) until the block is left.
 
-    Raises `ConfigError` for an address that is malformed or whose port is in use.
+    `announce`, with or without our peer id, is what others are told instead of where it listens.
+    Raises `ConfigError` for an address that is malformed, names another peer, or whose port is in use.
     """
     quieten()
     keys = create_new_key_pair(identity.seed)
+    told = [own_address(address, identity.peer_id) for address in announce]
+    for address in told:
+        endpoint(address)
     sockets = []
     try:
         for address in listen:
@@ -201,14 +208,15 @@ async def open_libp2p(
         for sock in sockets:
             sock.close()
         raise
-    bound = [address for sock in sockets for address in local_addresses(sock)]
+    bound = [Address(f"{each}/p2p/{identity.peer_id}") for sock in sockets for each in local_addresses(sock)]
+    addresses = told or bound
     with unwrapped():
         async with trio.open_nursery() as nursery:
             network = Network(keys, nursery)
             peer_id = PeerId(str(network.self_id))
             assert peer_id == identity.peer_id, "the identity's peer id is not that of its seed"
-            host = _Host(network, nursery, [Multiaddr(address) for address in bound])
-            transport = Libp2pTransport(peer_id, [Address(f"{each}/p2p/{peer_id}") for each in bound], host, nursery)
+            host = _Host(network, nursery, [Multiaddr(address.partition("/p2p/")[0]) for address in addresses])
+            transport = Libp2pTransport(peer_id, addresses, host, nursery)
             async with host.run(listen_addrs=[]):
                 for sock in sockets:
                     nursery.start_soon(network.accept, sock)

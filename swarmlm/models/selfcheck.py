@@ -1,0 +1,45 @@
+"""Whether two ways of computing a span agree: the same random tokens through both, in every kind of step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from swarmlm.models.span import Span
+
+CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # of the largest value: rounding, not errors
+ROUGH = 5e-2  # of the largest value: quantised weights, whose kernels round activations too
+
+
+def sample(span: Span) -> torch.Tensor:
+    """Outputs of a padded prefill, decode steps of one and of two sessions, and a prompt's second part: [values]."""
+    from swarmlm.models.span import SpanJob
+
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(rows: int, count: int) -> torch.Tensor:
+        return torch.randn(rows, count, span.hidden_size, generator=generator)
+
+    pair, single = span.open(2, 16), span.open(1, 16)
+    padding = (0, 2)
+    steps = [
+        [SpanJob(pair, tokens(2, 5), 0, padding)],
+        [SpanJob(single, tokens(1, 9), 0)],
+        [SpanJob(pair, tokens(2, 1), 5, padding), SpanJob(single, tokens(1, 1), 9)],
+        [SpanJob(single, tokens(1, 1), 10), SpanJob(pair, tokens(2, 3), 6, padding)],
+        [SpanJob(single, tokens(1, 2), 4)],
+    ]
+    seen = []
+    for jobs in steps:
+        for job, output in zip(jobs, span.run(jobs), strict=True):
+            first = max(job.padding, default=0) if job.position == 0 else 0
+            seen.append(output[:, first:].float().cpu().reshape(-1))  # what padding computes is nobody's business
+    return torch.cat(seen)
+
+
+def differs(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, *, rough: bool = False) -> bool:
+    """Whether `found` is further from `expected` than rounding explains."""
+    allowed = (ROUGH if rough else CLOSE.get(dtype, ROUGH)) * max(1e-6, float(expected.abs().max()))
+    return not float((found - expected).abs().max()) <= allowed
