@@ -105,7 +105,7 @@ class Batcher(Actor[BatcherRole]):
         self._schedule = Schedule(self._sessions)
         self._training: deque[Request] = deque()
         self._block_ms = block_ms
-        self._computing = 0  # of the steps in the schedule
+        self._computing: list[Pending] = []  # of the steps in the schedule
         self._threads = trio.CapacityLimiter(1)
         self._work = trio.Event()  # set when something may have become computable
 
@@ -234,7 +234,7 @@ class Batcher(Actor[BatcherRole]):
         return Load(
             kv_free=self._pool.free,
             kv_total=self._pool.total,
-            queue=len(self._schedule) - self._computing,
+            queue=sum(not (pending.request.abandoned or pending in self._computing) for pending in self._schedule),
             sessions=len(self._sessions),
             block_ms=self._block_ms,
         )
@@ -246,9 +246,9 @@ class Batcher(Actor[BatcherRole]):
         chosen = self._schedule.choose(trio.current_time())
         batch = [(pending, pending.slice(tokens)) for pending, tokens in chosen if self._still_good(pending)]
         if batch:
-            self._computing = len(batch)
+            self._computing = [pending for pending, _ in batch]
             await self._compute(batch)
-            self._computing = 0
+            self._computing = []
         return bool(chosen)
 
     def _still_good(self, pending: Pending) -> bool:
