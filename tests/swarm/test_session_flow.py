@@ -1,4 +1,4 @@
-"""Steps that go from host to host, on virtual time: what they save, and what happens when a push cannot be or is lost."""
+"""Steps that go from host to host, on virtual time: what they save, and what happens when a push is lost."""
 
 from __future__ import annotations
 
