@@ -44,6 +44,8 @@ IDLE_SECONDS = 600.0  # a client that says nothing for ten minutes has gone; its
 MAX_WAITING = 1024  # steps taken in and not yet computed: their hidden states stay in memory
 MAX_PASSES = 8  # training passes waiting: each takes seconds, and its client can wait as well as we can
 MAX_EXPECTED = 64  # steps of a session waiting for a push, and pushes for a step: a pipeline has a few in flight
+GATHER_SHARE = 0.5  # of the last batch's time: how long a batch waits for more rows
+GATHER_SECONDS = 0.02  # at most: people notice more
 CODECS: tuple[Codec, ...] = ("none", "float16", "bfloat16", "int8")
 SWEEP_SECONDS = 5.0  # how often idle sessions are looked for
 SMOOTHING = 0.2  # weight of the newest measurement in the running means
@@ -105,6 +107,7 @@ class Batcher(Actor[BatcherRole]):
         self._schedule = Schedule(self._sessions)
         self._training: deque[Request] = deque()
         self._block_ms = block_ms
+        self._batch_seconds = 0.0  # that the last batch took
         self._computing: list[Pending] = []  # of the steps in the schedule
         self._threads = trio.CapacityLimiter(1)
         self._work = trio.Event()  # set when something may have become computable
@@ -243,6 +246,7 @@ class Batcher(Actor[BatcherRole]):
 
     async def _compute_batch(self) -> bool:
         """One batch of steps; False if there is none."""
+        await self._gather()
         chosen = self._schedule.choose(trio.current_time())
         batch = [(pending, pending.slice(tokens)) for pending, tokens in chosen if self._still_good(pending)]
         if batch:
@@ -250,6 +254,14 @@ class Batcher(Actor[BatcherRole]):
             await self._compute(batch)
             self._computing = []
         return bool(chosen)
+
+    async def _gather(self) -> None:
+        """Wait a moment for decode steps to compute together: for few rows a batch takes as long as for one."""
+        until = trio.current_time() + min(GATHER_SHARE * self._batch_seconds, GATHER_SECONDS)
+        while self._schedule.thin(now := trio.current_time()) and now < until:
+            self._work = trio.Event()
+            with trio.move_on_at(until):
+                await self._work.wait()
 
     def _still_good(self, pending: Pending) -> bool:
         """Whether it can run; else it is answered, or dropped because nobody waits for it."""
@@ -279,7 +291,8 @@ class Batcher(Actor[BatcherRole]):
                     self._release(pending.step.session)  # their caches may hold half a step
                 pending.request.fail(error)
             return
-        compute_ms = (time.perf_counter() - started) * 1e3
+        self._batch_seconds = time.perf_counter() - started
+        compute_ms = self._batch_seconds * 1e3
         rows = sum(job.hidden.shape[0] for job in jobs)
         if all(pending.is_decode for pending, _ in batch):
             blocks = max(pending.held.cache.end - pending.held.cache.start for pending, _ in batch)

@@ -116,6 +116,12 @@ class Schedule:
             chosen.append((long, max(1, budget // max(1, long.rows))))
         return chosen
 
+    def thin(self, now: float) -> bool:
+        """Whether a little patience would bring company: decode steps wait, alone, but fewer than half of those due."""
+        ready = self._ready()
+        decoding = sum(now - held.decoded < DECODING_SECONDS for held in self._sessions.values())
+        return bool(ready) and 2 * len(ready) < decoding and all(pending.is_decode for pending in ready)
+
     def took_turn(self, pending: Pending) -> None:
         """A slice of it was computed: other long steps come first now."""
         self._waiting.remove(pending)
