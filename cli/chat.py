@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from swarmlm.config import parse_addresses
+from swarmlm.config import parse_addresses, parse_codec
 from swarmlm.errors import ConfigError, SwarmError
 
 from . import starting
@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--max-tokens {arguments.max_tokens} leaves no answer")
     if arguments.temperature < 0:
         raise ConfigError(f"--temperature {arguments.temperature:g} is below 0")
+    parse_codec(arguments.codec)
     peers = parse_addresses(arguments.peers) if arguments.peers else ()
     imports = starting.begin()
     import trio
@@ -45,7 +46,7 @@ async def _chat(arguments: argparse.Namespace, peers: tuple[str, ...], imports: 
     async with trio.open_nursery() as nursery:
         interrupts = Interrupts(nursery.cancel_scope)
         await nursery.start(interrupts.watch)
-        async with _session(arguments.model, peers, imports) as session:
+        async with _session(arguments, peers, imports) as session:
             starting.ready()
             options = {
                 "max_tokens": arguments.max_tokens,
@@ -99,13 +100,16 @@ class Interrupts:
 
 
 @asynccontextmanager
-async def _session(model: str, peers: tuple[str, ...], imports: threading.Thread) -> AsyncIterator[NodeSession]:
+async def _session(
+    arguments: argparse.Namespace, peers: tuple[str, ...], imports: threading.Thread
+) -> AsyncIterator[NodeSession]:
     import swarmlm
 
+    model, codec = arguments.model, arguments.codec
     if peers:
         async with swarmlm.open_node(peers) as node:
             await starting.done(imports)
-            async with node.session(model, on_event=_show_event) as session:
+            async with node.session(model, codec=codec, on_event=_show_event) as session:
                 yield session
         return
     import trio
@@ -120,7 +124,7 @@ async def _session(model: str, peers: tuple[str, ...], imports: threading.Thread
     async with (
         local_swarm(model, source.num_blocks) as hosts,
         swarmlm.open_node([host.address for host in hosts]) as node,
-        node.session(model, on_event=_show_event) as session,
+        node.session(model, codec=codec, on_event=_show_event) as session,
     ):
         yield session
 

@@ -121,6 +121,12 @@ In the chat: /help, /route (who serves what), /stats, /reset, /quit. Ctrl-C stop
     parser.add_argument(
         "--temperature", metavar="T", type=float, default=0.0, help="0 (the default) always takes the likeliest token"
     )
+    parser.add_argument(
+        "--codec",
+        metavar="C",
+        default="none",
+        help="compress what travels between peers: float16, bfloat16 or int8; answers may change (default: none)",
+    )
     parser.add_argument("--seed", metavar="S", type=int, help="make sampling repeatable")
     parser.add_argument(
         "--json",

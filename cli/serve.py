@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from swarmlm.config import ServeConfig, parse_addresses, parse_announced, parse_size, parse_span
+from swarmlm.config import ServeConfig, parse_addresses, parse_announced, parse_quant, parse_size, parse_span
 from swarmlm.errors import ConfigError
 
 from . import starting
@@ -33,7 +33,7 @@ def config_of(arguments: argparse.Namespace) -> ServeConfig:
         dtype=arguments.dtype,
         device=arguments.device,
         threads=arguments.threads,
-        quant=arguments.quant,
+        quant=parse_quant(arguments.quant),
         address_file=arguments.address_file,
     )
 

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from swarmlm.bridge import Bridge, PassesBridge
+from swarmlm.config import parse_codec
 from swarmlm.hosting import resolve_dtype
 from swarmlm.node import Node, open_node
 from swarmlm.portal import Portal
 from swarmlm.routing.passes import open_training
-from swarmlm.routing.session import SessionEvent, open_session
+from swarmlm.routing.session import SessionEvent, SessionOptions, open_session
 from swarmlm.view import SwarmView
 
 log = logging.getLogger("swarmlm")
@@ -34,16 +35,24 @@ class AutoDistributedModelForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, *, initial_peers: Sequence[str], dtype: Any = None, revision: str | None = None
+        cls,
+        model: str,
+        *,
+        initial_peers: Sequence[str],
+        dtype: Any = None,
+        codec: str = "none",
+        revision: str | None = None,
     ) -> Any:
         """The family's own `*ForCausalLM` with embeddings, norm and head here and all blocks in the swarm.
 
         `initial_peers` are full multiaddrs of swarm members. `dtype` (a torch dtype or its name) is the client half's;
-        float32 by default. Raises `ModelNotFound`, `ModelUnsupported`, `CheckpointCorrupt`, `ConfigError`.
+        float32 by default. `codec` compresses hidden states on the wire, see `Node.session`. Raises `ModelNotFound`,
+        `ModelUnsupported`, `CheckpointCorrupt`, `ConfigError`.
         """
         from swarmlm.models.client import load_client_model
         from swarmlm.models.source import open_source
 
+        options = SessionOptions(codec=parse_codec(codec))
         source = open_source(model, revision=revision)
         portal = Portal()
         try:
@@ -59,6 +68,7 @@ class AutoDistributedModelForCausalLM:
                         blocks=source.num_blocks,
                         max_length=max_length,
                         batch=batch,
+                        options=options,
                         on_event=_log_event,
                     )
                 )

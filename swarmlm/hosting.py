@@ -17,10 +17,9 @@ from swarmlm.actors.batcher import Batcher
 from swarmlm.actors.core import Ref
 from swarmlm.actors.host import BlockHost, SetState
 from swarmlm.actors.pusher import Pusher
-from swarmlm.config import default_kv_memory
+from swarmlm.config import default_kv_memory, parse_quant
 from swarmlm.errors import ConfigError, SwarmError
 from swarmlm.kernels.kv_pool import KVPool
-from swarmlm.models.packing import Quant
 from swarmlm.models.passes import Passes
 from swarmlm.models.source import Source
 from swarmlm.models.span import Span
@@ -93,7 +92,7 @@ async def load_span(
         chosen.stop,
         dtype=resolve_dtype(dtype, where, source.checkpoint_dtype),
         device=where,
-        quant=resolve_quant(quant),
+        quant=parse_quant(quant),
         progress=progress,
     )
     return await trio.to_thread.run_sync(load)
@@ -179,15 +178,6 @@ def resolve_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
     return name
-
-
-def resolve_quant(name: str | None) -> Quant:
-    """How weights are kept; None is "none". Raises `ConfigError`."""
-    if name is None or name == "none":
-        return "none"
-    if name != "int8":
-        raise ConfigError(f"no quantisation {name!r}: choose one of none, int8")
-    return "int8"
 
 
 def resolve_dtype(name: str | None, device: str, checkpoint: Any) -> Any:

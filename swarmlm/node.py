@@ -26,6 +26,7 @@ from swarmlm.actors.core.groups import unwrapped
 from swarmlm.actors.directory import Directory
 from swarmlm.actors.links import Links
 from swarmlm.actors.scout import Scout
+from swarmlm.config import parse_codec
 from swarmlm.errors import ConfigError, SwarmError, Unreachable, UsageError
 from swarmlm.protocol import (
     Address,
@@ -198,15 +199,26 @@ class Node:
 
     @asynccontextmanager
     async def session(
-        self, model: str, *, max_length: int | None = None, dtype: str | None = None, on_event: Any = None
+        self,
+        model: str,
+        *,
+        max_length: int | None = None,
+        dtype: str | None = None,
+        codec: str = "none",
+        on_event: Any = None,
     ) -> AsyncIterator[NodeSession]:
         """A conversation with `model` over the swarm. See `swarmlm.session.NodeSession`.
 
         `max_length` tokens of KV are reserved on each host (default: 2,048, grown by replay up to the model's context).
+        `codec` compresses hidden states on the wire: "float16" and "bfloat16" halve them, "int8" takes about a quarter;
+        tokens may then differ from the local model's. Hosts that do not know it are sent them as they are.
         """
         from swarmlm.session import open_node_session
 
-        async with open_node_session(self, model, max_length=max_length, dtype=dtype, on_event=on_event) as session:
+        opening = open_node_session(
+            self, model, max_length=max_length, dtype=dtype, codec=parse_codec(codec), on_event=on_event
+        )
+        async with opening as session:
             yield session
 
     async def status(self, model: str) -> SwarmStatus:

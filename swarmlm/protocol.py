@@ -14,6 +14,7 @@ import msgpack
 import msgspec
 
 from swarmlm.actors.core.message import Blob, Body, Call, Cancel, Cast, Envelope, Failed, Message, Ok, Ping, Pong, Reply
+from swarmlm.config import Codec as Codec
 from swarmlm.errors import ProtocolError
 
 PROTOCOL = "/swarmlm/1"  # the libp2p protocol id of a link; the 1 is bumped when old peers could misread us
@@ -41,7 +42,6 @@ Batch = Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)]
 SessionId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]  # random: knowing it is the right to step it
 Milliseconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int8", "uint8", "bool"]
-Codec = Literal["none", "float16", "bfloat16", "int8"]
 State = Literal["joining", "online", "draining"]
 
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int8": 1, "uint8": 1, "bool": 1}

@@ -23,7 +23,8 @@ import trio
 from swarmlm.bridge import Bridge, GrowingSession
 from swarmlm.errors import Closed, ContextTooLong
 from swarmlm.models.generation import StreamDecoder, TextSession
-from swarmlm.routing.session import SessionEvent, open_session
+from swarmlm.protocol import Codec
+from swarmlm.routing.session import SessionEvent, SessionOptions, open_session
 from swarmlm.view import SwarmView
 
 if TYPE_CHECKING:
@@ -203,7 +204,13 @@ class NodeSession:
 
 @asynccontextmanager
 async def open_node_session(
-    node: Node, model: str, *, max_length: int | None, dtype: str | None, on_event: OnEvent | None
+    node: Node,
+    model: str,
+    *,
+    max_length: int | None,
+    dtype: str | None,
+    codec: Codec = "none",
+    on_event: OnEvent | None,
 ) -> AsyncIterator[NodeSession]:
     source = await node.source(model)
     limit = min(max_length or source.context_length, source.context_length)
@@ -217,6 +224,7 @@ async def open_node_session(
             fingerprint=source.fingerprint,
             blocks=source.num_blocks,
             max_length=length,
+            options=SessionOptions(codec=codec),
             on_event=on_event,
         ),
         length=max_length or min(DEFAULT_LENGTH, limit),

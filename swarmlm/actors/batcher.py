@@ -20,6 +20,7 @@ import trio
 from swarmlm.actors.core import Actor, Inbox, Message, Request
 from swarmlm.actors.core.message import Body, Ok
 from swarmlm.actors.schedule import Held, Pending, Schedule
+from swarmlm.config import CODECS
 from swarmlm.errors import BadStep, Busy, StaleEpoch, SwarmError, UnknownSession
 from swarmlm.kernels.compression import compress, decompress
 from swarmlm.kernels.kv_pool import KVPool
@@ -28,7 +29,6 @@ from swarmlm.models.span import Span, SpanJob
 from swarmlm.protocol import (
     Backward,
     BatcherRole,
-    Codec,
     Forward,
     PeerId,
     Push,
@@ -46,7 +46,6 @@ MAX_PASSES = 8  # training passes waiting: each takes seconds, and its client ca
 MAX_EXPECTED = 64  # steps of a session waiting for a push, and pushes for a step: a pipeline has a few in flight
 GATHER_SHARE = 0.5  # of the last batch's time: how long a batch waits for more rows
 GATHER_SECONDS = 0.02  # at most: people notice more
-CODECS: tuple[Codec, ...] = ("none", "float16", "bfloat16", "int8")
 SWEEP_SECONDS = 5.0  # how often idle sessions are looked for
 SMOOTHING = 0.2  # weight of the newest measurement in the running means
 
@@ -195,7 +194,11 @@ class Batcher(Actor[BatcherRole]):
             return
         pending = held.expected.pop(push.ticket, None)
         if pending is not None:
-            pending.hidden = decompress(push.hidden, pending.step.codec)
+            try:
+                pending.hidden = decompress(push.hidden, pending.step.codec)
+            except BadStep as error:
+                pending.request.fail(error)
+                return
             pending.arrived = time.perf_counter()
             self._schedule.add(pending)
         elif len(held.parked) < MAX_EXPECTED and not self._schedule.holds(held, push.ticket):
@@ -282,13 +285,19 @@ class Batcher(Actor[BatcherRole]):
         started = time.perf_counter()
         try:
             outputs = await trio.to_thread.run_sync(functools.partial(self._span.run, jobs), limiter=self._threads)
+        except SwarmError as error:
+            if len(batch) > 1:  # one of them cannot run: the others shall
+                for one in batch:
+                    await self._compute([one])
+                return
+            self._schedule.remove(batch[0][0])
+            batch[0][0].request.fail(error)
+            return
         except Exception as error:
-            if not isinstance(error, SwarmError):
-                log.exception("a batch of %d failed; its sessions are dropped", len(batch))
+            log.exception("a batch of %d failed; its sessions are dropped", len(batch))
             for pending, _ in batch:
                 self._schedule.remove(pending)
-                if not isinstance(error, SwarmError):
-                    self._release(pending.step.session)  # their caches may hold half a step
+                self._release(pending.step.session)  # their caches may hold half a step
                 pending.request.fail(error)
             return
         self._batch_seconds = time.perf_counter() - started

@@ -24,6 +24,7 @@ TOKENS = 48  # of an answer: 45 gaps a round
 LEAST_TOKENS = 6  # fewer leave no gap to measure
 ROUNDS = 5
 FIRST_GAPS = 2  # after a prompt, caches and allocators are still settling
+DECODED = 200  # tokens of perplexity token by token
 WINDOW = 512  # tokens scored at once: logits of 100 MB at a vocabulary of 49,152
 
 Laps = dict[str, list[float]]
@@ -100,11 +101,20 @@ async def _perplexities(report: Report, swarm: BenchSwarm, reference: Reference,
     ids = torch.tensor([reference.tokenizer(prose())["input_ids"]])
     limit = min(WINDOW, swarm.source.context_length)
     local = await trio.to_thread.run_sync(perplexity, reference.model, ids, limit)
+    some = ids[:, :DECODED]
+    local_decoded = await trio.to_thread.run_sync(decode_perplexity, reference.model, some)
     async with open_client_model(swarm) as model:
         found = await trio.to_thread.run_sync(perplexity, model, ids, limit)
-    report.add("perplexity of prose, local float32", [local], "")
-    against = f"x local float32: {found / local - 1:+.2%}"
-    report.add(f"perplexity of prose, hosts {options.quant}", [found], "", ratio=found / local, against=against)
+
+        def decode() -> float:
+            with model.inference_session(max_length=DECODED):
+                return decode_perplexity(model, some)
+
+        decoded = await trio.to_thread.run_sync(decode)
+    for how, here, there in (("", local, found), (", token by token", local_decoded, decoded)):
+        report.add(f"perplexity of prose{how}, local float32", [here], "")
+        against = f"x local float32: {there / here - 1:+.2%}"
+        report.add(f"perplexity of prose{how}, hosts {options.quant}", [there], "", ratio=there / here, against=against)
 
 
 @torch.inference_mode()
@@ -118,6 +128,17 @@ def perplexity(model: Any, ids: torch.Tensor, window: int) -> float:
         total += float(torch.nn.functional.cross_entropy(logits, stretch[0, 1:], reduction="sum"))
         scored += stretch.shape[1] - 1
     return math.exp(total / scored)
+
+
+@torch.inference_mode()
+def decode_perplexity(model: Any, ids: torch.Tensor) -> float:
+    """Of `ids` [1, n], given one at a time: the weights are used as in decoding, which may be in another way."""
+    total, past = 0.0, None
+    for position in range(ids.shape[1] - 1):
+        output = model(ids[:, position : position + 1], past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        total += float(torch.nn.functional.cross_entropy(output.logits[0].float(), ids[0, position + 1 : position + 2]))
+    return math.exp(total / (ids.shape[1] - 1))
 
 
 async def _in_thread(work: Any, *arguments: Any, **options: Any) -> Any:

@@ -12,7 +12,17 @@ from dataclasses import dataclass
 
 from swarmlm.config import DEFAULT_MODEL
 
-NAMES = ("hop", "decode", "prefill", "batch", "train", "wan", "plan", "start")  # modules, in the order of the page
+NAMES = (
+    "hop",
+    "decode",
+    "prefill",
+    "batch",
+    "train",
+    "wan",
+    "plan",
+    "start",
+    "wire",
+)  # modules, in the order of the page
 
 
 def silent(text: str) -> None:

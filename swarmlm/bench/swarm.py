@@ -47,12 +47,12 @@ async def open_swarm(options: BenchOptions) -> AsyncIterator[BenchSwarm]:
 
 
 @asynccontextmanager
-async def open_client_model(swarm: BenchSwarm) -> AsyncIterator[Any]:
+async def open_client_model(swarm: BenchSwarm, codec: str = "none") -> AsyncIterator[Any]:
     """transformers' model of the client whose blocks are the swarm's. It blocks: use it in worker threads."""
     from swarmlm.auto import AutoDistributedModelForCausalLM
 
     def load() -> Any:
-        return AutoDistributedModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.addresses)
+        return AutoDistributedModelForCausalLM.from_pretrained(swarm.model, initial_peers=swarm.addresses, codec=codec)
 
     model = await trio.to_thread.run_sync(load)
     try:

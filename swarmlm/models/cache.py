@@ -38,6 +38,10 @@ class SlabCache:
             self._slabs[layer] = (self._allocate(keys), self._allocate(values))
         return self._slabs[layer]
 
+    def written(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slabs of a layer that has been used."""
+        return self._slabs[layer]
+
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(self.batch, like.shape[1], self.max_length, like.shape[3])
 

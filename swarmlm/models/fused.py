@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
+from swarmlm.kernels.attention import ragged_decode_attention
+from swarmlm.kernels.backend import runs_triton
 from swarmlm.models.cache import SlabCache
 from swarmlm.models.packing import FusedPart
 
@@ -105,9 +107,14 @@ class FusedBlocks:
                 dim=1,
             )
         turned = _rotated(turning, cos, sin)
-        attended = turned.new_empty(rows, heads * self._head_size)
         for part in parts:
-            part.attend(index, turned[part.where], qkv[part.where, heads + kv_heads :], attended[part.where])
+            part.write(index, turned[part.where, heads:], qkv[part.where, heads + kv_heads :])
+        if runs_triton(hidden) and all(part.is_decode for part in parts):
+            attended = _attend_together(index, parts, turned[:, :heads])
+        else:
+            attended = turned.new_empty(rows, heads * self._head_size)
+            for part in parts:
+                part.attend(index, turned[part.where, :heads], attended[part.where])
         hidden = hidden + block.out(attended)
         given = rms_norm(hidden, (size,), block.before_mlp, self._eps)
         gate, up = block.gate_up(given).chunk(2, dim=-1)
@@ -131,6 +138,7 @@ class _Part:
     ) -> None:
         self.where = where
         self._cache = job.cache
+        self._pads = job.padding
         self._batch, self._tokens, self._held = job.cache.batch, job.tokens, job.cache.position
         self._heads, self._kv_heads, self._head_size = heads, kv_heads, head_size
         self._group = heads // kv_heads
@@ -155,22 +163,51 @@ class _Part:
             mask = (mask & real) | itself
         return mask
 
-    def attend(self, layer: int, turned: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
-        """`turned` [rows, heads + kv heads, head size] are queries and keys; the result goes to `out`."""
-        batch, tokens, heads, kv_heads, size = self._batch, self._tokens, self._heads, self._kv_heads, self._head_size
-        keys = turned[:, heads:].view(batch, tokens, kv_heads, size).transpose(1, 2)
-        new_values = values.view(batch, tokens, kv_heads, size).transpose(1, 2)
-        key_slab, value_slab = self._cache.slabs(layer, keys, new_values)
-        end = self._held + tokens
-        key_slab.narrow(2, self._held, tokens).copy_(keys)
-        value_slab.narrow(2, self._held, tokens).copy_(new_values)
-        query = turned[:, :heads].view(batch, tokens, kv_heads, self._group, size)
+    @property
+    def is_decode(self) -> bool:
+        return self._tokens == 1
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put new keys and values [rows, kv heads, head size] into the session's slabs."""
+        shape = (self._batch, self._tokens, self._kv_heads, self._head_size)
+        keys, values = keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
+        key_slab, value_slab = self._cache.slabs(layer, keys, values)
+        key_slab.narrow(2, self._held, self._tokens).copy_(keys)
+        value_slab.narrow(2, self._held, self._tokens).copy_(values)
+
+    def slabs(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [batch, kv heads, max length, head size]; beyond `end` there is nothing yet."""
+        return self._cache.written(layer)
+
+    @property
+    def end(self) -> int:
+        return self._held + self._tokens
+
+    @property
+    def pads(self) -> tuple[int, ...]:
+        """Left padding of each row."""
+        return self._pads or (0,) * self._batch
+
+    def attend(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        """`query` is [rows, heads, head size]; the result goes to `out`."""
+        batch, tokens, kv_heads, size = self._batch, self._tokens, self._kv_heads, self._head_size
+        keys, values = self.slabs(layer)
+        query = query.view(batch, tokens, kv_heads, self._group, size)
         query = query.permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, self._group * tokens, size)
         seen = scaled_dot_product_attention(
-            query, key_slab.narrow(2, 0, end), value_slab.narrow(2, 0, end), attn_mask=self._mask
+            query, keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end), attn_mask=self._mask
         )
         seen = seen.view(batch, kv_heads, self._group, tokens, size).permute(0, 3, 1, 2, 4)
         out.view(batch, tokens, kv_heads, self._group, size).copy_(seen)
+
+
+def _attend_together(layer: int, parts: Sequence[_Part], query: torch.Tensor) -> torch.Tensor:
+    """One kernel for a decode batch of sessions of any lengths: [rows, heads x head size]."""
+    slabs = [part.slabs(layer) for part in parts]
+    keys, values = ([row for pair in slabs for row in pair[which]] for which in (0, 1))
+    lengths = [part.end for part in parts for _ in part.pads]
+    padding = [pad for part in parts for pad in part.pads]
+    return ragged_decode_attention(query, keys, values, lengths, padding).flatten(1)
 
 
 def _rotated(given: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -8,17 +8,17 @@ part of it; the fast path of `models.fused` calls the fused product itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from swarmlm.config import Quant
 from swarmlm.kernels.int8 import Int8Linear
 from swarmlm.kernels.linear import PackedLinear, packing_pays
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # children that are given the same tensor
 
-Quant = Literal["none", "int8"]
 Maker = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
 
 

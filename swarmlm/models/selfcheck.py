@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from swarmlm.models.jobs import SpanJob
+
 if TYPE_CHECKING:
     from swarmlm.models.span import Span
 
@@ -15,8 +17,6 @@ ROUGH = 5e-2  # of the largest value: quantised weights, whose kernels round act
 
 def sample(span: Span) -> torch.Tensor:
     """Outputs of a padded prefill, decode steps of one and of two sessions, and a prompt's second part: [values]."""
-    from swarmlm.models.span import SpanJob
-
     generator = torch.Generator().manual_seed(0)
 
     def tokens(rows: int, count: int) -> torch.Tensor:

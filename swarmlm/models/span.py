@@ -26,11 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarmlm.config import Quant
 from swarmlm.errors import BadSpan, BadStep, ContextTooLong, ModelUnsupported
 from swarmlm.models.cache import DynamicState, SlabCache, StepCache, keeps_plain_keys
 from swarmlm.models.fused import FusedBlocks, FusedJob
+from swarmlm.models.jobs import SpanCache as SpanCache
+from swarmlm.models.jobs import SpanJob as SpanJob
 from swarmlm.models.loading import Progress, build_meta_model, decoder_layers, decoder_of, layers_name, load_into
-from swarmlm.models.packing import Quant, pack_linears
+from swarmlm.models.packing import pack_linears
 from swarmlm.models.selfcheck import differs, sample
 from swarmlm.models.source import Source
 from swarmlm.models.stubs import rebase, stub_all_but
@@ -38,40 +41,6 @@ from swarmlm.models.stubs import rebase, stub_all_but
 log = logging.getLogger("swarmlm.models")
 
 MEASURED_STEPS = 5  # one-token steps timed after warm-up; the median is announced
-
-
-@dataclass
-class SpanCache:
-    """One session's state for blocks [start, end), numbered in the whole model."""
-
-    start: int
-    end: int
-    state: SlabCache | DynamicState
-    nbytes: int
-
-    @property
-    def position(self) -> int:
-        """Tokens held."""
-        return self.state.position
-
-    @property
-    def batch(self) -> int:
-        return self.state.batch
-
-    @property
-    def max_length(self) -> int:
-        return self.state.max_length
-
-
-@dataclass
-class SpanJob:
-    """One step of one session. `hidden` is [batch, n, hidden size]; `padding` the left-pad tokens of each row."""
-
-    cache: SpanCache
-    hidden: torch.Tensor
-    position: int
-    padding: tuple[int, ...] = ()
-    hypo_ids: tuple[int, ...] = ()
 
 
 class _Disagrees(Exception):
@@ -244,12 +213,16 @@ class Span:
         """The outputs [batch, n, hidden size] of `jobs`, in order, of different sessions.
 
         Jobs over the same blocks run together: all of them on the fast path, those of one token on the generic one.
+        Raises `BadStep`, with nothing done, where a cache cannot roll back to where its job starts.
         """
         outputs: list[torch.Tensor | None] = [None] * len(jobs)
         together: dict[tuple[int, int], list[int]] = {}
         with self._lock, torch.inference_mode():
+            for job in jobs:
+                job.cache.state.roll_back(job.position)  # raises before anything has changed that matters
             for index, job in enumerate(jobs):
-                self._place(job)
+                if job.hypo_ids:
+                    job.cache.state.reorder(torch.tensor(job.hypo_ids, device=self.device))
                 if self._fused is not None or (self._plain and job.hidden.shape[1] == 1):
                     together.setdefault((job.cache.start, job.cache.end), []).append(index)
                 else:
@@ -260,12 +233,6 @@ class Span:
                 for index, part in zip(indices, parts, strict=True):
                     outputs[index] = part
         return [output for output in outputs if output is not None]
-
-    def _place(self, job: SpanJob) -> None:
-        """Roll the cache back to where the step starts, and reorder its rows."""
-        job.cache.state.roll_back(job.position)
-        if job.hypo_ids:
-            job.cache.state.reorder(torch.tensor(job.hypo_ids, device=self.device))
 
     def _run_fused(self, jobs: Sequence[SpanJob]) -> Sequence[torch.Tensor]:
         assert self._fused is not None

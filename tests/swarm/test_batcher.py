@@ -212,3 +212,34 @@ async def test_a_step_that_nobody_waits_for_is_not_computed(bench: Bench) -> Non
     load = await bench.batcher.call(GetLoad(), deadline=5)
     assert load.queue == 0
     await bench.step(session, hidden(2), 0)
+
+
+async def test_a_step_that_cannot_run_spoils_nobody_elses(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a recurrent cache cannot roll back, which is known only when the batch is about to run."""
+    sessions = [await bench.open() for _ in range(3)]
+    for number, session in enumerate(sessions):
+        await bench.step(session, hidden(3, number), 0)
+    run, sizes = bench.span.run, list[int]()
+
+    def picky(jobs: Any) -> Any:
+        sizes.append(len(jobs))
+        if any(bool((job.hidden == 7).all()) for job in jobs):
+            raise BadStep("cannot roll back")
+        return run(jobs)
+
+    monkeypatch.setattr(bench.span, "run", picky)
+    answered: list[int] = []
+
+    async def step(number: int) -> None:
+        given = torch.full((1, 1, HIDDEN), 7.0) if number == 1 else hidden(1, number)
+        try:
+            await bench.step(sessions[number], given, 3)
+            answered.append(number)
+        except BadStep:
+            assert number == 1
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(step, number)
+    assert sorted(answered) == [0, 2]
+    assert max(sizes) > 1

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from swarmlm.actors.pusher import Pusher
+from swarmlm.config import Codec
 from swarmlm.errors import NoRoute, PoolFull, UsageError
 from swarmlm.models.source import open_source
 from swarmlm.node import Node, open_node
-from swarmlm.routing.session import SessionEvent, open_session
+from swarmlm.protocol import PeerId, Push
+from swarmlm.routing.session import SessionEvent, SessionOptions, open_session
 from swarmlm.transport.identity import Identity
 from swarmlm.transport.memory import MemoryNetwork
 from swarmlm.view import SwarmView
@@ -58,7 +61,7 @@ def hidden(tokens: int, seed: int) -> torch.Tensor:
 
 
 async def outputs(
-    world: World, client: Node, turns: int, events: list[SessionEvent], kill_at: int = -1
+    world: World, client: Node, turns: int, events: list[SessionEvent], kill_at: int = -1, codec: Codec = "none"
 ) -> torch.Tensor:
     """Hidden states of a prefill and some one-token steps; the last host of the route is killed before `kill_at`."""
     source = open_source(world.folder)
@@ -70,6 +73,7 @@ async def outputs(
         fingerprint=source.fingerprint,
         blocks=BLOCKS,
         max_length=32,
+        options=SessionOptions(codec=codec),
         on_event=events.append,
     ) as session:
         for turn in range(turns):
@@ -90,6 +94,32 @@ async def test_a_killed_host_changes_nothing(folder: str) -> None:
         assert events == []
         assert torch.allclose(await outputs(world, client, 6, events, kill_at=3), expected, atol=1e-5)
         assert [event.kind for event in events] == ["failover", "recovered"]
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2), ("int8", 5e-2)])
+async def test_compressed_hidden_states_are_close_and_pushed_like_others(
+    folder: str, codec: Codec, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, bool]] = []
+    push = Pusher.push
+
+    async def watched(self: Pusher, peer: PeerId, message: Push) -> bool:
+        pushed = await push(self, peer, message)
+        sent.append((message.hidden.dtype, pushed))
+        return pushed
+
+    monkeypatch.setattr(Pusher, "push", watched)
+    async with World(folder) as world:
+        for start, end in ((0, 2), (2, 4)):
+            await world.join(start, end)
+        client = await world.join()
+        exact = await outputs(world, client, 4, [])
+        close = await outputs(world, client, 4, [], codec=codec)
+    assert torch.allclose(close, exact, atol=tolerance * float(exact.abs().max()))
+    assert not torch.allclose(close, exact, atol=1e-6)
+    names = {"int8": "uint8"}
+    assert {kind for kind, _ in sent[4:]} == {names.get(codec, codec)}
+    assert sum(pushed for _, pushed in sent) >= 6  # at first the hosts may not be connected yet
 
 
 async def test_every_node_learns_of_every_host_from_one_seed(folder: str) -> None:

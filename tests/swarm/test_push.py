@@ -14,7 +14,7 @@ import trio.testing
 
 from swarmlm.actors.batcher import Batcher, Release, Reserve
 from swarmlm.actors.core import Ref, open_supervisor
-from swarmlm.errors import StaleEpoch, UnknownSession
+from swarmlm.errors import BadStep, StaleEpoch, UnknownSession
 from swarmlm.kernels.kv_pool import KVPool
 from swarmlm.kernels.wire import from_wire, to_wire
 from swarmlm.models.source import open_source
@@ -172,6 +172,26 @@ async def test_a_step_that_waits_for_a_push_ends_with_its_session(pair: Pair) ->
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
         await pair.batchers[1].call(Release(SECOND), deadline=5)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [torch.zeros(1, 2, 3, dtype=torch.int64), torch.zeros(1, 2, HIDDEN + 1), torch.full((1, 2, HIDDEN), torch.nan)],
+)
+async def test_what_cannot_be_a_hidden_state_is_refused_and_the_session_lives(
+    pair: Pair, spans: tuple[Span, Span], nonsense: torch.Tensor
+) -> None:
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(BadStep):
+                await pair.batchers[1].call(pair.step(1, None, 0, 1), deadline=5)
+
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        await pair.batchers[1].cast(Push(SECOND, 0, 1, to_wire(nonsense)))
+    hidden = tokens(2)
+    assert torch.allclose(await pair.run(hidden, 0, 2), Whole(spans).run(hidden, 0), atol=1e-5)
 
 
 async def test_a_push_of_another_epoch_is_no_use(pair: Pair, spans: tuple[Span, Span]) -> None:

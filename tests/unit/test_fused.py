@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from swarmlm.kernels.attention import ragged_decode_attention
 from swarmlm.kernels.int8 import KERNEL_ROWS, Int8Linear, quantize
 from swarmlm.kernels.linear import FULL_ROWS, SKINNY_ROWS, PackedLinear, skinny_product
-from swarmlm.models import packing
+from swarmlm.models import fused, packing
 from swarmlm.models.fused import FusedBlocks
 from swarmlm.models.loading import decoder_layers
 from swarmlm.models.packing import FusedPart, pack_linears
@@ -151,6 +152,26 @@ def test_int8_spans_are_small_and_close(family: str, tmp_path: Path) -> None:
     assert small.weight_bytes < 0.4 * usual.weight_bytes
     assert not differs(sample(small), sample(usual), torch.float32, rough=True)
     assert differs(sample(small), sample(usual), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, one head a key"])
+def test_one_kernel_for_a_decode_batch_sees_what_a_session_at_a_time_does(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way of GPUs, with the kernel's reference."""
+    source = open_source(str(save_tiny(tmp_path, "llama", **FAMILIES[family])))
+    span = Span.load(source, 0, LAYERS)
+    expected = sample(span)
+    calls: list[int] = []
+
+    def together(*arguments: Any) -> torch.Tensor:
+        calls.append(len(arguments[1]))
+        return ragged_decode_attention(*arguments)
+
+    monkeypatch.setattr(fused, "runs_triton", lambda hidden: True)
+    monkeypatch.setattr(fused, "ragged_decode_attention", together)
+    assert not differs(sample(span), expected, torch.float32)
+    assert calls == [3] * LAYERS
 
 
 def test_many_sessions_in_one_pass_are_what_each_is_alone(tmp_path: Path) -> None:
