@@ -24,7 +24,7 @@ TOKENS = 48  # of an answer: 45 gaps a round
 LEAST_TOKENS = 6  # fewer leave no gap to measure
 ROUNDS = 5
 FIRST_GAPS = 2  # after a prompt, caches and allocators are still settling
-DECODED = 200  # tokens of perplexity token by token
+DECODED = 400  # tokens of perplexity token by token
 WINDOW = 512  # tokens scored at once: logits of 100 MB at a vocabulary of 49,152
 
 Laps = dict[str, list[float]]

@@ -31,6 +31,15 @@ class Int8Linear(nn.Module):
     def nbytes(self) -> int:
         return self._codes.nbytes + self._scales.nbytes
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What `swarmlm.models.scripted` computes with."""
+        return [self._codes, self._scales]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._bias
+
     def dense(self) -> torch.Tensor:
         """The weight as float32, a copy."""
         return self._codes.float().mul_(self._scales.float()[:, None])

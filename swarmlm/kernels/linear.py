@@ -39,6 +39,15 @@ class PackedLinear(nn.Module):
     def nbytes(self) -> int:
         return self.out_features * self.in_features * 4
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What `swarmlm.models.scripted` computes with."""
+        return [self._packed]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._bias
+
     def dense(self) -> torch.Tensor:
         """The weight row-major, a copy."""
         weight: torch.Tensor = self._packed.to_dense()

@@ -42,6 +42,14 @@ class SlabCache:
         """The slabs of a layer that has been used."""
         return self._slabs[layer]
 
+    def spread(self, first: int, last: int, like: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values of layers [first, last) by layer number, made where there are none yet.
+
+        `like` is [batch, kv heads, any, head size]; it also stands for the layers before `first`.
+        """
+        pairs = [self.slabs(layer, like, like) if layer >= first else (like, like) for layer in range(last)]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         return like.new_empty(self.batch, like.shape[1], self.max_length, like.shape[3])
 

@@ -18,8 +18,11 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from swarmlm.kernels.attention import ragged_decode_attention
 from swarmlm.kernels.backend import runs_triton
+from swarmlm.kernels.int8 import Int8Linear
+from swarmlm.kernels.linear import FULL_ROWS, PackedLinear
 from swarmlm.models.cache import SlabCache
 from swarmlm.models.packing import FusedPart
+from swarmlm.models.scripted import compiled, filled
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # those whose blocks were compared, in tests, with their own code
 ROTARY = {"default", "linear", "llama3", "yarn"}  # whose angles depend on nothing but the position
@@ -49,6 +52,12 @@ class _Block:
     gate_up: nn.Module
     down: nn.Module
 
+    @property
+    def norms(self) -> list[torch.Tensor]:
+        """Before attention and MLP, then of queries and keys if there are any."""
+        both = [norm for norm in (self.query_norm, self.key_norm) if norm is not None]
+        return [norm.detach() for norm in (self.before_attention, self.before_mlp, *both)]
+
 
 class FusedBlocks:
     def __init__(self, blocks: list[_Block], rotary: nn.Module, config: Any, head_size: int, eps: float) -> None:
@@ -58,6 +67,14 @@ class FusedBlocks:
         self._kv_heads = int(config.num_key_value_heads)
         self._head_size = head_size
         self._eps = eps
+        self._sizes = [self._heads, self._kv_heads, head_size]
+        norms = [[*block.norms] for block in blocks]
+        linears = [(block.qkv, block.out, block.gate_up, block.down) for block in blocks]
+        weights = [[_tensors(linear) for linear in four] for four in linears]
+        self._weights = (norms, weights, [[linear.bias for linear in four] for four in linears])
+        self._least_rows = FULL_ROWS if any(isinstance(block.qkv, PackedLinear) for block in blocks) else 1
+        on_cpu = norms[0][0].device.type == "cpu" and norms[0][0].dtype == torch.float32
+        self._script = compiled() if on_cpu else None
 
     @classmethod
     def of(cls, config: Any, layers: nn.ModuleList, rotary: nn.Module | None) -> FusedBlocks | None:
@@ -83,12 +100,35 @@ class FusedBlocks:
 
         Within a job the rows go batch by batch. Caches are written, but their `position` is left to the caller.
         """
+        if self._script is not None and all(job.tokens == 1 and not job.padding for job in jobs):
+            return self._decode(jobs, hidden, first, last)
         parts = self._parts(jobs, hidden)
         positions = torch.cat([part.positions for part in parts]) if len(parts) > 1 else parts[0].positions
         cos, sin = (table[0].unsqueeze(1) for table in self._rotary(hidden, positions[None]))
         for index in range(first, last):
             hidden = self._run_block(index, self._blocks[index], hidden, parts, cos, sin)
         return hidden
+
+    def _decode(self, jobs: Sequence[FusedJob], hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """One token a row, all blocks in one call."""
+        assert self._script is not None
+        rows = hidden.shape[0]
+        hidden = filled(hidden, self._least_rows)
+        held = [job.cache.position for job in jobs]
+        places = [place for job, place in zip(jobs, held, strict=True) for _ in range(job.cache.batch)]
+        places += places[:1] * (hidden.shape[0] - rows)
+        cos, sin = (table[0].unsqueeze(1) for table in self._rotary(hidden, torch.tensor([places])))
+        slabs = [job.cache.spread(first, last, self._like(job.cache.batch, hidden)) for job in jobs]
+        keys, values = [pair[0] for pair in slabs], [pair[1] for pair in slabs]
+        batches = [job.cache.batch for job in jobs]
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # optimising would start anew whenever a length changes
+            output: torch.Tensor = self._script(
+                hidden, *self._weights, keys, values, batches, held, cos, sin, self._sizes, self._eps, first, last
+            )
+        return output[:rows]
+
+    def _like(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.new_empty(batch, self._kv_heads, 0, self._head_size)
 
     def _run_block(
         self, index: int, block: _Block, hidden: torch.Tensor, parts: list[_Part], cos: torch.Tensor, sin: torch.Tensor
@@ -208,6 +248,10 @@ def _attend_together(layer: int, parts: Sequence[_Part], query: torch.Tensor) ->
     lengths = [part.end for part in parts for _ in part.pads]
     padding = [pad for part in parts for pad in part.pads]
     return ragged_decode_attention(query, keys, values, lengths, padding).flatten(1)
+
+
+def _tensors(linear: Any) -> list[torch.Tensor]:
+    return linear.tensors if isinstance(linear, PackedLinear | Int8Linear) else [linear.weight.detach()]
 
 
 def _rotated(given: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def sample(span: Span) -> torch.Tensor:
     def tokens(rows: int, count: int) -> torch.Tensor:
         return torch.randn(rows, count, span.hidden_size, generator=generator)
 
-    pair, single = span.open(2, 16), span.open(1, 16)
+    pair, single, other = span.open(2, 16), span.open(1, 16), span.open(2, 16)
     padding = (0, 2)
     steps = [
         [SpanJob(pair, tokens(2, 5), 0, padding)],
@@ -30,6 +30,9 @@ def sample(span: Span) -> torch.Tensor:
         [SpanJob(pair, tokens(2, 1), 5, padding), SpanJob(single, tokens(1, 1), 9)],
         [SpanJob(single, tokens(1, 1), 10), SpanJob(pair, tokens(2, 3), 6, padding)],
         [SpanJob(single, tokens(1, 2), 4)],
+        [SpanJob(other, tokens(2, 1), 0)],
+        [SpanJob(other, tokens(2, 1), 1), SpanJob(single, tokens(1, 1), 6)],
+        [SpanJob(single, tokens(1, 1), 5)],
     ]
     seen = []
     for jobs in steps:
