@@ -2,7 +2,7 @@
 
     4   cli/                                    parse, call the node, render
     3   node, hosting, session, view, bridge,   composition: wires the layers below
-        portal, auto, aio
+        portal, auto, aio, local_swarm, bench/
     2   actors/                                 host, batcher, directory, scout, announcer
     1b  models/  routing/                       any decoder as spans; plans, sessions, failover
     1a  kernels/  transport/                    KV pool, tensors; frames, libp2p, the simulated network

@@ -23,7 +23,7 @@ from swarmlm.errors import ConfigError
 from swarmlm.session import NodeSession
 
 COUNTS = (1, 4, 16, 32)  # sessions at once
-TOKENS = 40  # of an answer
+TOKENS = 120  # of an answer: the last of 32 sessions to start must find the first one still at it
 LEAST_TOKENS = 8  # fewer leave no time in which all sessions decode
 REPEATS = 2  # rounds over all counts
 SHORTEST, LONGEST = 16, 64  # tokens of a prompt
