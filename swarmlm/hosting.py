@@ -15,7 +15,7 @@ import trio
 from swarmlm.actors.announcer import LEASE_SECONDS, Announce, Announcer, AnnouncerRole, Withdraw
 from swarmlm.actors.batcher import Batcher
 from swarmlm.actors.core import Ref
-from swarmlm.actors.host import BlockHost, SetState
+from swarmlm.actors.host import Admit, BlockHost, SetState
 from swarmlm.actors.pusher import Pusher
 from swarmlm.config import default_kv_memory, parse_quant
 from swarmlm.errors import ConfigError, SwarmError
@@ -121,7 +121,8 @@ async def start_hosting(node: Node, source: Source, span: Span, kv_memory: int |
         ),
         name="host",
     )
-    node.links.route({OpenSession: host, CloseSession: host, GetStatus: host})
+    node.links.introduce(OpenSession, host, Admit)
+    node.links.route({CloseSession: host, GetStatus: host})
     node.links.route({Step: batcher, Push: batcher, Forward: batcher, Backward: batcher})
     record = HostRecord(
         peer=node.peer_id,

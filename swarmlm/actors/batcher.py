@@ -59,6 +59,7 @@ class Reserve(Message[BatcherRole, SessionOpened], tag="reserve", frozen=True):
     end: int
     batch: int
     max_length: int
+    client: str = ""
 
 
 class Release(Message[BatcherRole, Ok], tag="release", frozen=True):
@@ -216,7 +217,7 @@ class Batcher(Actor[BatcherRole]):
         except BaseException:
             self._pool.release(ask.session)
             raise
-        self._sessions[ask.session] = Held(cache, ask.epoch, trio.current_time())
+        self._sessions[ask.session] = Held(cache, ask.epoch, trio.current_time(), client=ask.client)
         return SessionOpened(kv_reserved=needed, idle_seconds=self._idle_seconds, codecs=CODECS)
 
     def _release(self, session: SessionId) -> None:

@@ -26,6 +26,13 @@ from swarmlm.protocol import (
 BATCHER_SECONDS = 30.0  # the batcher answers between two batches; a prefill chunk on a slow machine takes seconds
 
 
+class Admit(Message[HostRole, SessionOpened], tag="admit", frozen=True):
+    """`ask`, and who asks: turns are shared between clients. Local only: the wire edge names the peer."""
+
+    client: str
+    ask: OpenSession
+
+
 class SetState(Message[HostRole, Ok], tag="set_state", frozen=True):
     """Draining hosts refuse new sessions and keep the old ones. Local only."""
 
@@ -58,6 +65,11 @@ class BlockHost(Actor[HostRole]):
 
     @handles(OpenSession)
     async def open_session(self, ask: OpenSession) -> SessionOpened:
+        return await self.admit(Admit("", ask))
+
+    @handles(Admit)
+    async def admit(self, admit: Admit) -> SessionOpened:
+        ask = admit.ask
         if self._state != "online":
             raise Busy("this host is leaving and takes no new sessions")
         if ask.model != self._model or ask.fingerprint != self._fingerprint:
@@ -79,6 +91,7 @@ class BlockHost(Actor[HostRole]):
             end=ask.end,
             batch=ask.batch,
             max_length=ask.max_length,
+            client=admit.client,
         )
         opened = await self._batcher.call(reserve, deadline=BATCHER_SECONDS)
         if ask.next_peer:

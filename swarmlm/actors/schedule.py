@@ -3,7 +3,8 @@
 - Every decode step (one token a row) that waits goes into the next batch, at most `MAX_ROWS` rows.
 - Long steps (prompts, replays) are cut into slices. While others decode, a batch carries one slice of `SLICE_ROWS`
   rows beside their tokens, so that a long prompt costs them a fraction of a step; alone, it gets `WHOLE_ROWS` at once.
-- Long steps of several sessions take turns, a slice each.
+- Long steps of several clients take turns, a slice each, and a client's own among themselves. When more rows decode
+  than a batch takes, clients take turns, too: one with many sessions does not crowd out one with a single one.
 - Steps of one session run in the order of their tickets, and at most one of them is in a batch.
 """
 
@@ -31,6 +32,7 @@ class Held:
     cache: SpanCache
     epoch: int
     used: float  # the last step
+    client: str = ""  # the peer whose session it is
     decoded: float = float("-inf")  # the last decode step
     done: int = 0  # ticket of the last step that was completed
     expected: dict[int, Pending] = field(default_factory=dict)  # by ticket: steps whose hidden states will be pushed
@@ -84,6 +86,7 @@ class Schedule:
     def __init__(self, sessions: Mapping[SessionId, Held]) -> None:
         self._sessions = sessions
         self._waiting: list[Pending] = []
+        self._turns: dict[str, int] = {}  # of each client with long steps: the number of its last turn
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -106,11 +109,12 @@ class Schedule:
         ready = self._ready()
         chosen: list[tuple[Pending, int]] = []
         rows = 0
-        for pending in ready:
-            if pending.is_decode and (not chosen or rows + pending.rows <= MAX_ROWS):
+        for pending in _by_turns([pending for pending in ready if pending.is_decode]):
+            if not chosen or rows + pending.rows <= MAX_ROWS:
                 chosen.append((pending, 1))
                 rows += pending.rows
-        long = next((pending for pending in ready if not pending.is_decode), None)
+        waiting = [pending for pending in ready if not pending.is_decode]
+        long = min(waiting, key=lambda pending: self._turns.get(pending.held.client, 0), default=None)
         if long is not None:
             budget = SLICE_ROWS if chosen or self._others_decode(long, now) else WHOLE_ROWS
             chosen.append((long, max(1, budget // max(1, long.rows))))
@@ -126,6 +130,9 @@ class Schedule:
         """A slice of it was computed: other long steps come first now."""
         self._waiting.remove(pending)
         self._waiting.append(pending)
+        clients = {other.held.client for other in self._waiting}
+        self._turns = {client: turn for client, turn in self._turns.items() if client in clients}
+        self._turns[pending.held.client] = 1 + max(self._turns.values(), default=0)
 
     def _others_decode(self, long: Pending, now: float) -> bool:
         return any(held is not long.held and now - held.decoded < DECODING_SECONDS for held in self._sessions.values())
@@ -142,3 +149,13 @@ class Schedule:
             for pending in self._waiting
             if first[id(pending.held)] is pending and pending.held.done >= pending.step.after
         ]
+
+
+def _by_turns(pending: list[Pending]) -> list[Pending]:
+    """The first of each client, then the second of each, and so on; a client's own in the order they came."""
+    rank: dict[str, int] = {}
+    ranked = []
+    for one in pending:
+        rank[one.held.client] = rank.get(one.held.client, -1) + 1
+        ranked.append((rank[one.held.client], one))
+    return [one for _, one in sorted(ranked, key=lambda pair: pair[0])]

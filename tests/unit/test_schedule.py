@@ -22,8 +22,10 @@ class Desk:
         self.schedule = Schedule(self.sessions)
 
     def session(self, name: str, *, decoded: float = -math.inf) -> Held:
+        """The client is what comes before a slash, else the session itself."""
         cache: Any = name  # never looked into here
-        return self.sessions.setdefault(name.encode(), Held(cache, 0, NOW, decoded))
+        client = name.partition("/")[0]
+        return self.sessions.setdefault(name.encode(), Held(cache, 0, NOW, client, decoded))
 
     def step(self, name: str, tokens: int, *, rows: int = 1, ticket: int = 0, after: int = 0, **more: Any) -> Pending:
         hidden = torch.zeros(rows, tokens, 2)
@@ -72,6 +74,28 @@ def test_long_steps_take_turns() -> None:
         seen.append(chosen)
         desk.schedule.took_turn(chosen)
     assert seen == [one, other, one, other]
+
+
+def test_a_client_with_many_sessions_gets_no_more_turns_than_others() -> None:
+    desk = Desk()
+    crowd = [desk.step(f"crowd/{number}", 1000) for number in range(3)]
+    single = desk.step("single", 1000)
+    seen = []
+    for _ in range(6):
+        (chosen, _), *_ = desk.choose()
+        seen.append(chosen)
+        desk.schedule.took_turn(chosen)
+    assert seen == [crowd[0], single, crowd[1], single, crowd[2], single]
+
+
+def test_a_crowd_of_decode_steps_leaves_room_for_others() -> None:
+    desk = Desk()
+    for number in range(MAX_ROWS + 10):
+        desk.step(f"crowd/{number}", 1)
+    single = desk.step("single", 1)
+    chosen = [pending for pending, _ in desk.choose()]
+    assert len(chosen) == MAX_ROWS
+    assert chosen[1] is single
 
 
 def test_a_sessions_steps_run_one_at_a_time_in_the_order_of_their_tickets() -> None:
