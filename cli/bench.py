@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 
 from swarmlm.bench.options import BenchOptions
+from swarmlm.config import parse_quant
 from swarmlm.errors import ConfigError
 
 from .render import report_table
 
+LARGEST = 1_000_000  # of any number here: more is a slip of the finger
 COUNTS = ("tokens", "repeats", "threads", "hosts")
 
 
@@ -19,13 +22,13 @@ def options_of(arguments: argparse.Namespace) -> BenchOptions:
     """Raises `ConfigError` before anything is started."""
     for name in (*COUNTS, "rtt", "mbit"):
         value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name} {value:g} is too few: it must be above 0")
+        if value is not None and not (0 < value <= LARGEST and math.isfinite(value)):
+            raise ConfigError(f"--{name} {value:g} is out of range: it must be above 0 and at most {LARGEST:,}")
     return BenchOptions(
         model=arguments.model,
         tokens=arguments.tokens,
         repeats=arguments.repeats,
-        quant=arguments.quant,
+        quant=parse_quant(arguments.quant),
         threads=arguments.threads,
         hosts=arguments.hosts,
         rtt_ms=arguments.rtt,

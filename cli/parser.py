@@ -94,7 +94,7 @@ Ctrl-C or SIGTERM leaves the swarm.""",
     parser.add_argument(
         "--quant",
         metavar="Q",
-        help="int8 keeps weights in a byte each: a quarter of float32's memory, faster decoding, slightly other tokens"
+        help="int8 keeps weights in a byte each: a quarter of float32's memory, on CPUs faster decoding, slightly other tokens"
         " (default: none)",
     )
     parser.add_argument("--address-file", metavar="FILE", help="write the full address here when ready")
@@ -167,18 +167,19 @@ def _add_bench(commands: Any) -> None:
   wan      steps over a slow network against what its physics allows
   plan     the route over thousands of hosts
   start    memory of a host, and time to the first token of a fresh chat
+  wire     compressing hidden states between peers: bytes, and what it does to tokens
 
 examples:
   swarmlm bench decode
   swarmlm bench decode --quant int8 --tokens 128
-  swarmlm bench prefill --tokens 1024 --hosts 3
+  swarmlm bench prefill --tokens 1024 --hosts 3 --model ./my-model
   swarmlm bench hop --json
 
 A value is a median with its quartiles. Leave the machine alone while it runs.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", choices=NAMES, help=f"one of {', '.join(NAMES)}")
-    parser.add_argument("model", metavar="MODEL", nargs="?", default=DEFAULT_MODEL, help=MODEL_HELP)
+    parser.add_argument("--model", metavar="MODEL", default=DEFAULT_MODEL, help=MODEL_HELP)
     parser.add_argument(
         "--tokens", metavar="N", type=int, help="of an answer (decode, batch) or a prompt (prefill, train)"
     )

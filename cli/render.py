@@ -12,9 +12,10 @@ from swarmlm.config import DEFAULT_MODEL, format_size
 
 def serve_banner(handle: Any, model: str, addresses: Sequence[str]) -> str:
     """What a ready host prints: what it serves, where, and how others join."""
+    weights = handle.dtype if handle.quant == "none" else f"{handle.quant} weights"
     name = "" if model == DEFAULT_MODEL else f"{model} "
     lines = [
-        f"serving blocks {handle.start}:{handle.end} of {handle.model} ({handle.blocks} blocks, {handle.dtype}, "
+        f"serving blocks {handle.start}:{handle.end} of {handle.model} ({handle.blocks} blocks, {weights}, "
         f"{format_size(handle.kv_total)} for KV caches, {handle.block_ms:.2f} ms a block)",
         *(f"address: {address}" for address in addresses),
         f"to join: swarmlm serve {name}--peers {addresses[0]} --blocks A:B",

@@ -10,22 +10,27 @@ time. Afterwards they are set apart, so that no later collection walks them in t
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 
 
 def begin() -> threading.Thread:
-    """Import torch and transformers in a thread, while the caller parses, joins the swarm, listens."""
+    """Import torch and transformers in a thread, and libp2p here meanwhile."""
     gc.disable()
     thread = threading.Thread(target=_import, name="imports", daemon=True)
     thread.start()
+    from swarmlm.transport.libp2p.stand_ins import import_libp2p
+
+    import_libp2p()
     return thread
 
 
 def _import() -> None:
     from swarmlm.models import lean
 
-    lean.defer_unused()
+    with contextlib.suppress(ImportError):  # whoever needs it imports it again, and fails there
+        lean.defer_unused()
 
 
 async def done(imports: threading.Thread) -> None:

@@ -46,7 +46,8 @@ class AutoDistributedModelForCausalLM:
         """The family's own `*ForCausalLM` with embeddings, norm and head here and all blocks in the swarm.
 
         `initial_peers` are full multiaddrs of swarm members. `dtype` (a torch dtype or its name) is the client half's;
-        float32 by default. `codec` compresses hidden states on the wire, see `Node.session`. Raises `ModelNotFound`,
+        float32 by default. `codec` compresses the hidden states of generation on the wire, see
+        `Node.session`; those of training travel as they are. Raises `ModelNotFound`,
         `ModelUnsupported`, `CheckpointCorrupt`, `ConfigError`.
         """
         from swarmlm.models.client import load_client_model
@@ -93,8 +94,13 @@ class AutoDistributedModelForCausalLM:
         except BaseException:
             portal.close()
             raise
-        client.close_swarm = portal.close
-        atexit.register(portal.close)
+
+        def close() -> None:
+            atexit.unregister(close)
+            portal.close()
+
+        client.close_swarm = close
+        atexit.register(close)
         return client
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("swarmlm.node")
 
 ANNOUNCE_SECONDS = 30.0  # directory, neighbours: each has its own shorter deadline
+MAX_THREADS = 4096  # more than any machine's cores: a slip of the finger
 KEEP_SHARE = 2  # kept training graphs may take as much as half the KV budget, on top of it
 WITHDRAW_SECONDS = 5.0  # leaving does not wait for the dead
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,6 +60,7 @@ class HostHandle:
     dtype: str
     kv_total: int
     block_ms: float
+    quant: str = "none"
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,12 @@ async def load_span(
     quant: str | None = None,
     progress: Callable[[int, int], None] | None,
 ) -> Span:
-    """Read the blocks (all by default) in a worker thread. Raises `BadSpan`, `ConfigError`, `CheckpointCorrupt`."""
+    """Read the blocks (all by default) in a worker thread. Raises `BadSpan`, `ConfigError`, `ModelUnsupported`,
+    `CheckpointCorrupt`.
+    """
     if threads is not None:
+        if not 1 <= threads <= MAX_THREADS:
+            raise ConfigError(f"{threads} threads are out of range: 1 to {MAX_THREADS:,}")
         torch.set_num_threads(threads)
     chosen = blocks if blocks is not None else range(source.num_blocks)
     where = resolve_device(device)
@@ -141,6 +147,7 @@ async def start_hosting(node: Node, source: Source, span: Span, kv_memory: int |
         kv_total=pool.total,
         kv_token_bytes=span.kv_token_bytes,
         version=version("swarmlm"),
+        quant=span.quant,
     )
     announcer = await node.supervisor.start(
         lambda: Announcer(
@@ -156,7 +163,7 @@ async def start_hosting(node: Node, source: Source, span: Span, kv_memory: int |
         name="announcer",
     )
     await announcer.call(Announce(), deadline=ANNOUNCE_SECONDS)
-    handle = HostHandle(source.name, span.start, span.end, span.blocks, record.dtype, pool.total, block_ms)
+    handle = HostHandle(source.name, span.start, span.end, span.blocks, record.dtype, pool.total, block_ms, span.quant)
     return Hosting(handle, host, announcer)
 
 

@@ -6,7 +6,7 @@
             async for text in session.generate("Hello"):
                 print(text, end="")
 
-Nothing but the cli, `portal`, `aio` and `auto` imports this module.
+Nothing but the cli, `portal`, `aio`, `auto` and `bench` imports this module.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class HostRow:
     rtt_ms: float | None
     dtype: str
     addresses: tuple[str, ...]
+    quant: str = "none"
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Node:
 
         `kv_memory` is the budget of all sessions' KV caches in bytes. `dtype` defaults to float32 on CPU and to the
         checkpoint's own on a GPU. `threads` sets torch's thread count for the whole process. `quant` "int8" keeps
-        weights in a byte each: less memory, faster decoding, slightly other tokens.
+        weights in a byte each: less memory, on CPUs faster decoding, slightly other tokens.
         Raises `BadSpan` and what `source` raises; `Unreachable` if none of the node's peers answers.
         """
         from swarmlm.hosting import load_span, start_hosting
@@ -246,6 +247,7 @@ class Node:
                     rtt_ms=rtt_ms,
                     dtype=record.dtype,
                     addresses=record.addresses,
+                    quant=record.quant,
                 )
             )
         rows = [row for row in rows if row.rtt_ms is not None]

@@ -15,6 +15,7 @@ import msgspec
 
 from swarmlm.actors.core.message import Blob, Body, Call, Cancel, Cast, Envelope, Failed, Message, Ok, Ping, Pong, Reply
 from swarmlm.config import Codec as Codec
+from swarmlm.config import Quant
 from swarmlm.errors import ProtocolError
 
 PROTOCOL = "/swarmlm/1"  # the libp2p protocol id of a link; the 1 is bumped when old peers could misread us
@@ -102,6 +103,7 @@ class HostRecord(Body, tag="host1", frozen=True):
     queue: Count = 0  # steps waiting when the record was made
     sessions: Count = 0
     version: str = ""
+    quant: Quant = "none"
 
     def __post_init__(self) -> None:
         if not self.start < self.end <= self.blocks:
@@ -212,7 +214,8 @@ class Step(Message[BatcherRole, StepDone], tag="step", frozen=True):
 
     `position` is how many tokens the session holds before it: lower than held rolls back, equal appends, higher is
     refused. `padding` is the number of left-pad tokens of each row (empty: none). `hypo_ids` reorders the rows of the
-    cache first (beam search). `prompts` are added per block (deep prompt tuning). `codec` is how `hidden` is
+    cache first (beam search). `prompts` (added per block, for deep prompt tuning) and `adapter` are reserved: hosts
+    refuse them today. `codec` is how `hidden` is
     compressed, and how the answer and what is pushed shall be.
 
     A step may go from host to host: the client tells every host of it, only the first with `hidden`, each but the last

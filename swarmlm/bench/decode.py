@@ -59,14 +59,14 @@ async def run(options: BenchOptions) -> Report:
             report.notes.append(
                 f"Where tokens first differ, the reference's best two logits are {differs[1]:.2g} apart."
             )
-        if options.quant not in (None, "none"):
+        if options.quant != "none":
             await _perplexities(report, swarm, reference, options)
     return report
 
 
 def _report(options: BenchOptions, swarm: BenchSwarm, laps: Laps, everyone: int) -> Report:
     local, floor = statistics.median(laps["local"]), statistics.median(laps["floor"])
-    weights = f"weights {options.quant or 'float32'}"
+    weights = "float32 weights" if options.quant == "none" else f"{options.quant} weights"
     report = Report("decode", f"Greedy decoding of {swarm.source.name}, one token at a time")
     threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from swarmlm.config import DEFAULT_MODEL
+from swarmlm.config import DEFAULT_MODEL, Quant
 
 NAMES = (
     "hop",
@@ -41,7 +41,7 @@ class BenchOptions:
     model: str = DEFAULT_MODEL
     tokens: int | None = None
     repeats: int | None = None
-    quant: str | None = None
+    quant: Quant = "none"
     threads: int = 1
     hosts: int | None = None
     rtt_ms: float | None = None  # of the simulated network between all peers (wan)

@@ -42,7 +42,7 @@ async def run(options: BenchOptions) -> Report:
             what, values, "ms", ratio=ratio, against="" if side == "local" else "x the time of local transformers"
         )
 
-    add(f"swarm: {len(swarm.hosts)} hosts, weights {options.quant or 'float32'}", "swarm")
+    add(f"swarm: {len(swarm.hosts)} hosts, {'float32' if options.quant == 'none' else options.quant} weights", "swarm")
     add(f"local transformers, float32, {threads}", "local")
     add(f"local transformers, float32, {everyone} threads", "all")
     report.add("largest difference of a logit from the local one", [apart], "")

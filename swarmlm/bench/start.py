@@ -22,13 +22,11 @@ TOKENS = 8  # of the answer
 ROUNDS = 5
 IMPORTS = "import torch, transformers"  # what no process that runs a model here can do without: the scale
 END_SECONDS = 120.0  # for one process of a round, on a busy machine
-WEIGHT_BYTES = {"none": 4.0, "int8": 1.0, "nf4": 0.5}  # of a weight in a host, scales aside; float32 is the default
+WEIGHT_BYTES = {"none": 4.0, "int8": 1.0}  # of a weight in a host, scales aside; float32 is the default
 MB = 1e6
 
 
 async def run(options: BenchOptions) -> Report:
-    if options.quant is not None and options.quant not in WEIGHT_BYTES:
-        raise ConfigError(f"the size of weights held as {options.quant} is not known: {', '.join(WEIGHT_BYTES)} are")
     rounds = options.repeats or ROUNDS
     first: list[float] = []
     imports: list[float] = []
@@ -60,7 +58,7 @@ async def _memory(report: Report, swarm: BenchSwarm, options: BenchOptions) -> N
     counts = await trio.to_thread.run_sync(_weights_by_block, swarm)
     for host in swarm.hosts:
         resident = psutil.Process(host.pid).memory_info().rss
-        weights = sum(counts[host.start : host.end]) * WEIGHT_BYTES[options.quant or "none"]
+        weights = sum(counts[host.start : host.end]) * WEIGHT_BYTES[options.quant]
         kv = in_use.get(host.address, 0)
         report.add(f"host of blocks {host.start}:{host.end}, all", [resident / MB], "MB")
         against = f"rest of {weights / MB:.0f} MB weights, {kv / MB:.0f} MB KV"

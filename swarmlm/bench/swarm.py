@@ -36,7 +36,7 @@ async def open_swarm(options: BenchOptions) -> AsyncIterator[BenchSwarm]:
     torch.set_num_threads(options.threads)
     source = await trio.to_thread.run_sync(open_source, options.model)
     count = options.hosts or min(HOSTS, source.num_blocks)
-    arguments = ["--quant", options.quant] if options.quant else []
+    arguments = ["--quant", options.quant]
     options.progress(f"starting {count} hosts of {source.describe()}")
     async with AsyncExitStack() as stack:
         hosts = await stack.enter_async_context(

@@ -168,7 +168,8 @@ async def _sockets(options: BenchOptions, hosts: int, rtt: float, mbit: float) -
             [
                 *("--listen", f"/ip4/127.0.0.1/tcp/{target}", "--announce", f"/ip4/127.0.0.1/tcp/{listen}"),
                 *(("--identity", str(key)) if number == 0 else ("--peers", first)),
-                *(("--quant", options.quant) if options.quant else ()),
+                "--quant",
+                options.quant,
             ]
             for number, (listen, target) in enumerate(ports)
         ]
@@ -189,10 +190,11 @@ async def _wires(ports: Sequence[tuple[int, int]], rtt: float, mbit: float) -> A
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
+        said = b""
         with trio.move_on_after(READY_SECONDS):
             async with trio.lowlevel.FdStream(os.dup(process.stdout.fileno())) as output:
-                await output.receive_some()
-        if process.poll() is not None:
+                said = await output.receive_some()
+        if not said.startswith(b"ready"):
             raise ConfigError("the process of the simulated wires did not start")
         yield
     finally:

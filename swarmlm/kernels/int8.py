@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from swarmlm.kernels.backend import runs_triton
+from swarmlm.kernels.quant_reference import Int8Weight
+
 KERNEL_ROWS = 16  # rows: measured on AVX-512, above it dequantising and a float32 product are faster
 LEVELS = 127  # codes are -127 .. 127: symmetric, so that zero stays zero
 
@@ -52,6 +55,11 @@ class Int8Linear(nn.Module):
 
     def product(self, given: torch.Tensor) -> torch.Tensor:
         rows = given.numel() // self.in_features
+        if runs_triton(given) and self._bias is None:
+            from swarmlm.kernels import dequant_triton
+
+            output = dequant_triton.matmul(given.reshape(rows, self.in_features), Int8Weight(self._codes, self._scales))
+            return output.to(given.dtype).view(*given.shape[:-1], self.out_features)
         if rows > KERNEL_ROWS or given.device.type != "cpu":
             return nn.functional.linear(given, self.dense().to(given.dtype), self._bias)
         flat = given.reshape(rows, self.in_features).to(torch.bfloat16)

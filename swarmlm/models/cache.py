@@ -24,7 +24,7 @@ from swarmlm.errors import BadStep
 
 
 class SlabCache:
-    """One session's keys and values for the layers [first, last) of a span."""
+    """One session's keys and values for the layers of a span that it uses."""
 
     def __init__(self, batch: int, max_length: int) -> None:
         self.batch = batch

@@ -8,6 +8,7 @@ its own slabs. Nothing is allocated for keys, no mask is built for a single toke
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from swarmlm.kernels.attention import ragged_decode_attention
 from swarmlm.kernels.backend import runs_triton
-from swarmlm.kernels.int8 import Int8Linear
+from swarmlm.kernels.int8 import KERNEL_ROWS, Int8Linear
 from swarmlm.kernels.linear import FULL_ROWS, PackedLinear
 from swarmlm.models.cache import SlabCache
 from swarmlm.models.packing import FusedPart
@@ -73,6 +74,7 @@ class FusedBlocks:
         weights = [[_tensors(linear) for linear in four] for four in linears]
         self._weights = (norms, weights, [[linear.bias for linear in four] for four in linears])
         self._least_rows = FULL_ROWS if any(isinstance(block.qkv, PackedLinear) for block in blocks) else 1
+        self._most_rows = KERNEL_ROWS if any(isinstance(block.qkv, Int8Linear) for block in blocks) else sys.maxsize
         on_cpu = norms[0][0].device.type == "cpu" and norms[0][0].dtype == torch.float32
         self._script = compiled() if on_cpu else None
 
@@ -100,7 +102,8 @@ class FusedBlocks:
 
         Within a job the rows go batch by batch. Caches are written, but their `position` is left to the caller.
         """
-        if self._script is not None and all(job.tokens == 1 and not job.padding for job in jobs):
+        few = hidden.shape[0] <= self._most_rows and all(job.tokens == 1 and not job.padding for job in jobs)
+        if self._script is not None and few:
             return self._decode(jobs, hidden, first, last)
         parts = self._parts(jobs, hidden)
         positions = torch.cat([part.positions for part in parts]) if len(parts) > 1 else parts[0].positions

@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 
 from swarmlm.errors import CheckpointCorrupt, ModelUnsupported, SwarmError
 from swarmlm.models.checkpoint import LazyTensor
-from swarmlm.models.lean import release_unused_memory
 from swarmlm.models.source import Source
 
 Progress = Callable[[int, int], None]  # (tensors read, tensors to read)
@@ -214,7 +213,6 @@ def load_into(
     _fill_buffers(model, torch.device(device))
     model.eval().requires_grad_(False)
     source.checkpoint.close()
-    release_unused_memory()
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:

@@ -8,7 +8,6 @@ a row, without padding, on the CPU; compared with its own way of computing befor
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -101,9 +100,7 @@ def filled(hidden: torch.Tensor, rows: int) -> torch.Tensor:
 def compiled() -> Callable[..., Any]:
     """`decode`, compiled if this Python and torch can."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch.jit may go is no news to users
-            script: Callable[..., Any] = torch.jit.script(decode)
+        script: Callable[..., Any] = torch.jit.script(decode)
         return script
     except Exception as error:
         log.info("decoding runs uncompiled: %s", str(error).strip().splitlines()[0])

@@ -58,7 +58,7 @@ class _Pass:
 
 
 class Span:
-    """Blocks [start, end) of a model, ready to run. Made by `Span.load`; `run` may be called from any one thread."""
+    """Blocks [start, end) of a model, ready to run. Made by `Span.load`; calls from several threads take turns."""
 
     def __init__(
         self, model: Any, source: Source, start: int, end: int, dtype: torch.dtype, device: torch.device
@@ -77,6 +77,7 @@ class Span:
         self.weight_bytes = sum(weight.nbytes for weight in model.parameters())
         self._plain = keeps_plain_keys(model.config)
         self._fused: FusedBlocks | None = None
+        self.quant: Quant = "none"
         for index, layer in enumerate(decoder_layers(model)):
             layer.forward = self._guard(layer.forward, index)
         self._token_bytes, self._fixed_bytes = self._probe()
@@ -94,7 +95,8 @@ class Span:
         fast: bool = True,
         progress: Progress | None = None,
     ) -> Span:
-        """Read blocks [start, end) of `source` and nothing else. Raises `BadSpan`, `CheckpointCorrupt`.
+        """Read blocks [start, end) of `source` and nothing else. Raises `BadSpan`, `CheckpointCorrupt`,
+        `ModelUnsupported`.
 
         `fast` lets the span use packed weights and the fast path where they agree with the generic one; `quant`
         changes the weights themselves.
@@ -145,6 +147,7 @@ class Span:
         usual = sample(self)
         layers = decoder_layers(self._model)
         self.weight_bytes = pack_linears(layers, quant)
+        self.quant = quant
         packed = sample(self)
         if quant == "none" and differs(packed, usual, self.dtype):
             raise _Disagrees("packed weights compute something else")

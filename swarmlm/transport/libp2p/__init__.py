@@ -4,7 +4,7 @@
         async with open_kademlia(transport, server=True) as kademlia:
             await kademlia.bootstrap(seeds)
 
-    stand_ins.py what libp2p imports and nobody here uses, left out
+    stand_ins.py what libp2p imports and nobody here uses, left out by the commands
     sockets.py   TCP below libp2p: cancel-safe writes, buffered reads, bounded accepting
     yamux.py     the numbers of the yamux protocol
     stream.py    one stream: flow control, ends
@@ -37,7 +37,4 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    from swarmlm.transport.libp2p.stand_ins import import_libp2p
-
-    import_libp2p()
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

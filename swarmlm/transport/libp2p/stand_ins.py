@@ -1,7 +1,9 @@
-"""What libp2p's host offers and a swarm never uses stays unloaded: ACME certificates, mDNS, UPnP. Used by `__init__`.
+"""What libp2p's host offers and a swarm never uses stays unloaded: ACME certificates, mDNS, UPnP.
 
 They bring requests, rich, zeroconf and more: 0.15 s and 14 MB in every process. While libp2p is imported, stand-ins
 take their places: functions that import the real thing when they are called. Afterwards the real modules import.
+
+Only for processes that are ours alone, called by the cli: another user of libp2p may want the classes themselves.
 """
 
 from __future__ import annotations
