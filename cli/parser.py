@@ -94,7 +94,8 @@ Ctrl-C or SIGTERM leaves the swarm.""",
     parser.add_argument(
         "--quant",
         metavar="Q",
-        help="int8 keeps weights in a byte each: a quarter of float32's memory, on CPUs faster decoding, slightly other tokens"
+        help="int8 keeps weights in a byte each: a quarter of float32's memory, on CPUs faster decoding, slightly"
+        " other tokens"
         " (default: none)",
     )
     parser.add_argument("--address-file", metavar="FILE", help="write the full address here when ready")

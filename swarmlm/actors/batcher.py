@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 
 import torch
 import trio
 
 from swarmlm.actors.core import Actor, Inbox, Message, Request
 from swarmlm.actors.core.message import Body, Ok
+from swarmlm.actors.pusher import Pushing, no_push
 from swarmlm.actors.schedule import Held, Pending, Schedule
-from swarmlm.config import CODECS
-from swarmlm.errors import BadStep, Busy, StaleEpoch, SwarmError, UnknownSession
+from swarmlm.config import CODECS, Codec
+from swarmlm.errors import BadStep, Busy, ContextTooLong, StaleEpoch, SwarmError, UnknownSession
 from swarmlm.kernels.compression import compress, decompress
 from swarmlm.kernels.kv_pool import KVPool
 from swarmlm.models.passes import Passes
@@ -36,6 +37,7 @@ from swarmlm.protocol import (
     SessionOpened,
     Step,
     StepDone,
+    Tensor,
 )
 
 log = logging.getLogger("swarmlm.batcher")
@@ -44,6 +46,7 @@ IDLE_SECONDS = 600.0  # a client that says nothing for ten minutes has gone; its
 MAX_WAITING = 1024  # steps taken in and not yet computed: their hidden states stay in memory
 MAX_PASSES = 8  # training passes waiting: each takes seconds, and its client can wait as well as we can
 MAX_EXPECTED = 64  # steps of a session waiting for a push, and pushes for a step: a pipeline has a few in flight
+CLOSED = "the session was closed while the step waited"
 GATHER_SHARE = 0.5  # of the last batch's time: how long a batch waits for more rows
 GATHER_SECONDS = 0.02  # at most: people notice more
 SWEEP_SECONDS = 5.0  # how often idle sessions are looked for
@@ -78,13 +81,6 @@ class GetLoad(Message[BatcherRole, Load], tag="get_load", frozen=True):
     pass
 
 
-Pushing = Callable[[PeerId, Push], Awaitable[bool]]  # whether the message is on its way; never waits
-
-
-async def _no_push(peer: PeerId, message: Push) -> bool:
-    return False
-
-
 class Batcher(Actor[BatcherRole]):
     mailbox_size = 256  # taken in at once; what waits for the device is bounded by MAX_WAITING
 
@@ -96,7 +92,7 @@ class Batcher(Actor[BatcherRole]):
         block_ms: float = 1.0,
         idle_seconds: float = IDLE_SECONDS,
         passes: Passes | None = None,
-        push: Pushing = _no_push,
+        push: Pushing = no_push,
     ) -> None:
         self._span = span
         self._pool = pool
@@ -107,6 +103,7 @@ class Batcher(Actor[BatcherRole]):
         self._schedule = Schedule(self._sessions)
         self._training: deque[Request] = deque()
         self._block_ms = block_ms
+        self._pass_at = -math.inf  # when the next training pass may run while others decode
         self._batch_seconds = 0.0  # that the last batch took
         self._computing: list[Pending] = []  # of the steps in the schedule
         self._threads = trio.CapacityLimiter(1)
@@ -122,7 +119,8 @@ class Batcher(Actor[BatcherRole]):
             nursery.start_soon(self._take_requests, inbox)
             nursery.start_soon(self._sweep)
             while True:
-                await self._work.wait()
+                with trio.move_on_at(self._pass_at if self._training else math.inf):
+                    await self._work.wait()
                 self._work = trio.Event()
                 while await self._compute_batch() | await self._compute_pass():
                     pass
@@ -164,6 +162,9 @@ class Batcher(Actor[BatcherRole]):
                 raise BadStep(f"a batcher takes no {type(message).__name__}")
         except SwarmError as error:
             request.fail(error)
+        except Exception as error:  # nothing that a peer sends may end the sessions of others
+            log.exception("%s could not be taken in", type(message).__name__)
+            request.fail(error)
 
     def _take_step(self, request: Request, step: Step) -> None:
         if len(self._schedule) >= MAX_WAITING:
@@ -175,9 +176,11 @@ class Batcher(Actor[BatcherRole]):
             raise StaleEpoch(f"the session is at epoch {held.epoch}, the step at {step.epoch}")
         if step.prompts is not None or step.adapter:
             raise BadStep("this host takes no prompts or adapters")
+        if self._schedule.of(held) >= MAX_EXPECTED:
+            raise Busy(f"{MAX_EXPECTED} steps of this session are waiting", waiting=MAX_EXPECTED)
         held.used = trio.current_time()
         given = step.hidden if step.hidden is not None else held.parked.pop(step.ticket, None)
-        hidden = decompress(given, step.codec) if given is not None else None
+        hidden = self._read(given, step.codec, held) if given is not None else None
         pending = Pending(request, step, held, hidden, time.perf_counter())
         if hidden is not None:
             self._schedule.add(pending)
@@ -194,16 +197,34 @@ class Batcher(Actor[BatcherRole]):
         if held is None or push.epoch != held.epoch or push.ticket <= held.done:
             return
         pending = held.expected.pop(push.ticket, None)
-        if pending is not None:
+        if pending is not None and not pending.request.abandoned:
             try:
-                pending.hidden = decompress(push.hidden, pending.step.codec)
-            except BadStep as error:
+                pending.hidden = self._read(push.hidden, pending.step.codec, held)
+            except SwarmError as error:
                 pending.request.fail(error)
                 return
             pending.arrived = time.perf_counter()
             self._schedule.add(pending)
-        elif len(held.parked) < MAX_EXPECTED and not self._schedule.holds(held, push.ticket):
-            held.parked[push.ticket] = push.hidden
+        elif pending is None and not self._schedule.holds(held, push.ticket):
+            waiting = sum(len(tensor.data) for tensor in held.parked.values())
+            if len(held.parked) < MAX_EXPECTED and waiting + len(push.hidden.data) <= self._most_bytes(held):
+                held.parked[push.ticket] = push.hidden
+
+    def _read(self, wire: Tensor, codec: Codec, held: Held) -> torch.Tensor:
+        """The hidden states of a step, [batch, tokens, hidden size]. Raises `BadStep`, `ContextTooLong`."""
+        limit = held.cache.max_length
+        if len(wire.shape) == 3 and wire.shape[1] > limit:
+            raise ContextTooLong(f"{wire.shape[1]} tokens are more than the {limit} this session reserved")
+        if len(wire.shape) == 3 and 0 not in wire.shape and len(wire.data) <= self._most_bytes(held):
+            hidden = decompress(wire, codec)
+            if (hidden.shape[0], hidden.shape[2]) == (held.cache.batch, self._span.hidden_size):
+                return hidden
+        expected = f"({held.cache.batch}, tokens, {self._span.hidden_size})"
+        raise BadStep(f"hidden states of shape {tuple(wire.shape)} instead of {expected}")
+
+    def _most_bytes(self, held: Held) -> int:
+        """Of hidden states that may wait for a session: all that it can ever hold, in float32."""
+        return 4 * held.cache.batch * held.cache.max_length * self._span.hidden_size
 
     def _reserve(self, ask: Reserve) -> SessionOpened:
         held = self._sessions.get(ask.session)
@@ -225,9 +246,11 @@ class Batcher(Actor[BatcherRole]):
         if held is not None:
             self._pool.release(session)
             for pending in held.expected.values():
-                pending.request.fail(UnknownSession("the session was closed while the step waited"))
+                pending.request.fail(UnknownSession(CLOSED))
+            self._tidy()
 
     def _expire(self) -> None:
+        self._tidy()
         if self._passes is not None:
             self._passes.expire()
         deadline = trio.current_time() - self._idle_seconds
@@ -250,6 +273,7 @@ class Batcher(Actor[BatcherRole]):
 
     async def _compute_batch(self) -> bool:
         """One batch of steps; False if there is none."""
+        self._tidy()
         await self._gather()
         chosen = self._schedule.choose(trio.current_time())
         batch = [(pending, pending.slice(tokens)) for pending, tokens in chosen if self._still_good(pending)]
@@ -267,17 +291,22 @@ class Batcher(Actor[BatcherRole]):
             with trio.move_on_at(until):
                 await self._work.wait()
 
+    def _tidy(self) -> None:
+        """Drop steps that nobody waits for and those of sessions that are over: they hold memory, and others up."""
+        for pending in list(self._schedule):
+            over = self._sessions.get(pending.step.session) is not pending.held
+            if (over or pending.request.abandoned) and pending not in self._computing:
+                self._schedule.remove(pending)
+                pending.request.fail(UnknownSession(CLOSED))
+
     def _still_good(self, pending: Pending) -> bool:
-        """Whether it can run; else it is answered, or dropped because nobody waits for it."""
-        if not pending.request.abandoned:
-            try:
-                if self._sessions.get(pending.step.session) is not pending.held:
-                    raise UnknownSession("the session was closed while the step waited")
-                if pending.taken == 0:
-                    self._span.check(pending.whole())
-                return True
-            except SwarmError as error:
-                pending.request.fail(error)
+        """Whether it can run; else it is answered."""
+        try:
+            if pending.taken == 0:
+                self._span.check(pending.whole())
+            return True
+        except SwarmError as error:
+            pending.request.fail(error)
         self._schedule.remove(pending)
         return False
 
@@ -298,7 +327,8 @@ class Batcher(Actor[BatcherRole]):
             log.exception("a batch of %d failed; its sessions are dropped", len(batch))
             for pending, _ in batch:
                 self._schedule.remove(pending)
-                self._release(pending.step.session)  # their caches may hold half a step
+                if self._sessions.get(pending.step.session) is pending.held:
+                    self._release(pending.step.session)  # their caches may hold half a step
                 pending.request.fail(error)
             return
         self._batch_seconds = time.perf_counter() - started
@@ -346,8 +376,9 @@ class Batcher(Actor[BatcherRole]):
         )
 
     async def _compute_pass(self) -> bool:
-        """One forward or backward of training; False if there is none."""
-        while self._training:
+        """One forward or backward of training; False if there is none. Where others decode, half the time is theirs."""
+        now = trio.current_time()
+        while self._training and (now >= self._pass_at or not self._schedule.decoding(now)):
             request = self._training.popleft()
             if request.abandoned or self._passes is None:
                 continue
@@ -359,5 +390,7 @@ class Batcher(Actor[BatcherRole]):
             except Exception as error:
                 log.exception("a training pass failed")
                 request.fail(error)
+            ended = trio.current_time()
+            self._pass_at = ended + (ended - now)
             return True
         return False

@@ -100,6 +100,14 @@ class Schedule:
     def remove(self, pending: Pending) -> None:
         self._waiting.remove(pending)
 
+    def of(self, held: Held) -> int:
+        """How many steps of a session wait."""
+        return sum(pending.held is held for pending in self._waiting)
+
+    def decoding(self, now: float) -> int:
+        """How many sessions have decoded lately."""
+        return sum(now - held.decoded < DECODING_SECONDS for held in self._sessions.values())
+
     def holds(self, held: Held, ticket: int) -> bool:
         """Whether that step of the session is waiting here."""
         return any(pending.held is held and pending.step.ticket == ticket for pending in self._waiting)
@@ -123,8 +131,7 @@ class Schedule:
     def thin(self, now: float) -> bool:
         """Whether a little patience would bring company: decode steps wait, alone, but fewer than half of those due."""
         ready = self._ready()
-        decoding = sum(now - held.decoded < DECODING_SECONDS for held in self._sessions.values())
-        return bool(ready) and 2 * len(ready) < decoding and all(pending.is_decode for pending in ready)
+        return bool(ready) and 2 * len(ready) < self.decoding(now) and all(pending.is_decode for pending in ready)
 
     def took_turn(self, pending: Pending) -> None:
         """A slice of it was computed: other long steps come first now."""

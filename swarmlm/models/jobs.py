@@ -41,3 +41,11 @@ class SpanJob:
     position: int
     padding: tuple[int, ...] = ()
     hypo_ids: tuple[int, ...] = ()
+
+    def singly(self) -> list[SpanJob]:
+        """The same step, a token at a time, once its rows are in order."""
+        tokens = range(self.hidden.shape[1])
+        return [
+            SpanJob(self.cache, self.hidden[:, token : token + 1], self.position + token, self.padding)
+            for token in tokens
+        ]

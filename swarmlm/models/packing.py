@@ -38,11 +38,18 @@ class FusedLinear(nn.Module):
     def part(self, given: torch.Tensor, index: int) -> torch.Tensor:
         """Output `index`. The others are kept until the last one is taken or another input comes."""
         if self._last is None or self._last[0] is not given:
-            self._last = (given, self.product(given).split(self.sizes, dim=-1))
+            parts = self.product(given).split(self.sizes, dim=-1)
+            if torch.is_grad_enabled():
+                parts = tuple(part.clone() for part in parts)  # families may write into them, autograd forbids views
+            self._last = (given, parts)
         output = self._last[1][index]
         if index == len(self.sizes) - 1:
             self._last = None
         return output
+
+    def forget(self) -> None:
+        """After a pass that failed in the middle."""
+        self._last = None
 
 
 class FusedPart(nn.Module):

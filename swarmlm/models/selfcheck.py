@@ -42,6 +42,20 @@ def sample(span: Span) -> torch.Tensor:
     return torch.cat(seen)
 
 
+def cuts_matter(span: Span) -> bool:
+    """Whether a family computes other numbers when a prompt comes in two parts: some forget their recurrent state.
+
+    Such a family is given what follows a prefix one token at a time.
+    """
+    if span.plain:
+        return False
+    tokens = torch.randn(1, 7, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    [whole] = span.run([SpanJob(span.open(1, 8), tokens, 0)])
+    cache = span.open(1, 8)
+    parts = [span.run([SpanJob(cache, tokens[:, start:end], start)])[0] for start, end in ((0, 4), (4, 7))]
+    return differs(torch.cat(parts, dim=1).float().cpu(), whole.float().cpu(), span.dtype)
+
+
 def differs(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, *, rough: bool = False) -> bool:
     """Whether `found` is further from `expected` than rounding explains."""
     allowed = (ROUGH if rough else CLOSE.get(dtype, ROUGH)) * max(1e-6, float(expected.abs().max()))

@@ -9,8 +9,8 @@ all that wait:
     thread 3         waits                      | done
     thread 4           waits                    | done
 
-Nobody waits for company: one session alone computes at once, whichever way is the faster one here. Rows of a batch may differ from
-those of single calls in the last bits, as batches on hosts do.
+Nobody waits for company: one session alone computes at once, whichever way is the faster one here. Rows of a batch may
+differ from those of single calls in the last bits, as batches on hosts do.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ from swarmlm.models.fused import FusedBlocks, FusedJob
 from swarmlm.models.jobs import SpanCache as SpanCache
 from swarmlm.models.jobs import SpanJob as SpanJob
 from swarmlm.models.loading import Progress, build_meta_model, decoder_layers, decoder_of, layers_name, load_into
-from swarmlm.models.packing import pack_linears
-from swarmlm.models.selfcheck import differs, sample
+from swarmlm.models.packing import FusedLinear, pack_linears
+from swarmlm.models.selfcheck import cuts_matter, differs, sample
 from swarmlm.models.source import Source
 from swarmlm.models.stubs import rebase, stub_all_but
 
@@ -78,6 +78,7 @@ class Span:
         self._plain = keeps_plain_keys(model.config)
         self._fused: FusedBlocks | None = None
         self.quant: Quant = "none"
+        self._one_by_one = False  # tokens after a prefix: the family's code gets several at once wrong
         for index, layer in enumerate(decoder_layers(model)):
             layer.forward = self._guard(layer.forward, index)
         self._token_bytes, self._fixed_bytes = self._probe()
@@ -102,6 +103,7 @@ class Span:
         changes the weights themselves.
         """
         span = cls._read(source, start, end, dtype, device, progress)
+        span._one_by_one = cuts_matter(span)
         if fast or quant != "none":
             try:
                 span._speed_up(quant)
@@ -109,7 +111,8 @@ class Span:
                 if quant != "none":
                     raise ModelUnsupported(f"{source.name} does not run with {quant} weights: {error}") from error
                 log.warning("%s runs without packed weights: %s", source.name, error)
-                span = cls._read(source, start, end, dtype, device, progress)
+                span, cuts = cls._read(source, start, end, dtype, device, progress), span._one_by_one
+                span._one_by_one = cuts
         return span
 
     @classmethod
@@ -136,6 +139,11 @@ class Span:
         setattr(decoder, name, nn.ModuleList(list(layers)[start:end]))
         rebase(model, getattr(decoder, name), start, end, blocks)
         return cls(model, source, start, end, dtype, torch.device(device))
+
+    @property
+    def plain(self) -> bool:
+        """Whether sessions keep nothing but keys and values."""
+        return self._plain
 
     @property
     def fast(self) -> bool:
@@ -228,6 +236,8 @@ class Span:
                     job.cache.state.reorder(torch.tensor(job.hypo_ids, device=self.device))
                 if self._fused is not None or (self._plain and job.hidden.shape[1] == 1):
                     together.setdefault((job.cache.start, job.cache.end), []).append(index)
+                elif self._one_by_one and job.position > 0:
+                    outputs[index] = torch.cat([self._forward([one]) for one in job.singly()], dim=1)
                 else:
                     outputs[index] = self._forward([job])
             for indices in together.values():
@@ -310,6 +320,11 @@ class Span:
         self._pass = running = _Pass(first, last, hidden)
         try:
             self._model(inputs_embeds=hidden.detach(), attention_mask=mask, position_ids=positions, **cache)
+        except BaseException:
+            for module in self._model.modules():
+                if isinstance(module, FusedLinear):
+                    module.forget()
+            raise
         finally:
             self._pass = None
         assert running.output is not None

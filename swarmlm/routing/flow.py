@@ -23,6 +23,7 @@ from swarmlm.protocol import StepDone
 from swarmlm.routing.hop import Hop, HopFailed, Part
 
 PUSH_GRACE = 1.0  # seconds after which a push is believed lost: computing takes less, and bringing it twice is harmless
+NO_PUSH_SECONDS = 30.0  # after a push that was lost: the hosts' link may be dead without their knowing
 PUSH_TIMES = 4.0  # times what the hop before took: a slow machine is given longer
 
 
@@ -85,7 +86,8 @@ class Flow:
         task_status.started()
         try:
             given = chunk.hidden if index == 0 else None
-            output, done = await hop.ask(chunk.part, given, onward=onward, timeout=self._patience(chunk, index))
+            target = onward if trio.current_time() >= hop.no_push_before else None
+            output, done = await hop.ask(chunk.part, given, onward=target, timeout=self._patience(chunk, index))
             chunk.outputs[index] = output
             chunk.answered[index].set()
             chunk.times.append(trio.current_time())
@@ -104,12 +106,17 @@ class Flow:
         """Hop `index` has answered: wait until the next one has, and bring it what was not pushed or got lost."""
         onward, answered, output = self._hops[index + 1], chunk.answered[index + 1], chunk.outputs[index]
         assert output is not None
+        number = self._chunks.index(chunk)
+        if number:
+            await self._chunks[number - 1].answered[index + 1].wait()  # until then this one waits its turn there
         try:
             with trio.move_on_after(self._timeout):
                 if done.pushed:
                     with trio.move_on_after(max(PUSH_GRACE, PUSH_TIMES * done.compute_ms / 1e3)):
                         await answered.wait()
                 if not answered.is_set():
+                    if done.pushed:
+                        self._hops[index].no_push_before = trio.current_time() + NO_PUSH_SECONDS
                     await onward.feed(chunk.part.ticket, output)
                     await answered.wait()
         except HopFailed as failure:

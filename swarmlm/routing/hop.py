@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
@@ -64,6 +65,7 @@ class Hop:
         self.held: int | None = 0
         self.failed: HopFailed | None = None
         self.next_peer = next_peer
+        self.no_push_before = -math.inf  # trio's time: a push of its host was lost
         self.codec: Codec = "none"  # what the host and we agreed on
         self._connection = connection
         self._epoch = epoch

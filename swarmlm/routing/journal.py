@@ -99,9 +99,14 @@ class Journal:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def chunks(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(position, rows) of at most `size` tokens each, from the beginning: the replay."""
-        for start in range(0, self._position, size):
-            yield start, self.rows(start, min(start + size, self._position))
+        """(position, rows) of at most `size` tokens each, from the beginning: the replay.
+
+        The first may be longer: it reaches past all padding.
+        """
+        start, end = 0, max(size, max(self._padding, default=0) + 1)
+        while start < self._position:
+            yield start, self.rows(start, min(end, self._position))
+            start, end = end, end + size
 
     def _stretches(self) -> list[tuple[int, int, Rows | None]]:
         """(start, end, row order) of the stretches between reorders; None is the order in which they are stored."""

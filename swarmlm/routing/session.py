@@ -128,7 +128,10 @@ class Session:
     async def _run_all(self, hidden: torch.Tensor, position: int, padding: Rows, hypo_ids: Rows) -> list[torch.Tensor]:
         """The step's chunks through all hops: at once where nothing stands against it, else hop by hop."""
         size = self._chunk_size(hidden.shape[1])
-        chunks = [(position + at, hidden[:, at : at + size]) for at in range(0, hidden.shape[1], size)]
+        first = max(size, max(padding, default=0) + 1 - position)  # past all padding, so that no row of it is empty
+        starts = [0, *range(first, hidden.shape[1], size)]
+        ends = [*starts[1:], hidden.shape[1]]
+        chunks = [(position + start, hidden[:, start:end]) for start, end in zip(starts, ends, strict=True)]
         known: list[dict[Hop, torch.Tensor]] = [{} for _ in chunks]
         if self._options.push and not hypo_ids and (len(self._hops) > 1 or len(chunks) > 1):
             known = await self._run_together(chunks, padding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -11,15 +12,37 @@ import torch
 import trio
 import trio.testing
 
-from swarmlm.actors.batcher import Batcher, GetLoad
+from swarmlm.actors.batcher import MAX_EXPECTED, Batcher, GetLoad
 from swarmlm.actors.core import Ref, open_supervisor
+from swarmlm.actors.core.message import Blob
 from swarmlm.actors.host import BlockHost, SetState
-from swarmlm.errors import BadStep, Busy, ContextTooLong, PoolFull, StaleEpoch, UnknownSession, WrongModel
+from swarmlm.errors import (
+    BadStep,
+    Busy,
+    ContextTooLong,
+    DeadlineExceeded,
+    PoolFull,
+    StaleEpoch,
+    UnknownSession,
+    WrongModel,
+)
 from swarmlm.kernels.kv_pool import KVPool
 from swarmlm.kernels.wire import from_wire, to_wire
 from swarmlm.models.source import open_source
 from swarmlm.models.span import Span
-from swarmlm.protocol import BatcherRole, CloseSession, GetStatus, HostRole, OpenSession, PeerId, SessionId, Step
+from swarmlm.protocol import (
+    ITEM_BYTES,
+    BatcherRole,
+    CloseSession,
+    GetStatus,
+    HostRole,
+    OpenSession,
+    PeerId,
+    Push,
+    SessionId,
+    Step,
+    Tensor,
+)
 from tests.tiny import HIDDEN, tiny_llama
 
 LENGTH = 16
@@ -243,3 +266,68 @@ async def test_a_step_that_cannot_run_spoils_nobody_elses(bench: Bench, monkeypa
             nursery.start_soon(step, number)
     assert sorted(answered) == [0, 2]
     assert max(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "codec"),
+    [
+        ((), "float32", "none"),
+        ((5,), "float32", "none"),
+        ((1, 0, HIDDEN), "float32", "none"),
+        ((2**24, 2**24, 2**24, 0), "float32", "none"),
+        ((0, 34), "uint8", "int8"),
+        ((1, 0, 34), "uint8", "int8"),
+        ((1, 1, 3), "uint8", "int8"),
+    ],
+)
+async def test_tensors_of_no_use_hurt_nobody(bench: Bench, shape: tuple[int, ...], dtype: Any, codec: Any) -> None:
+    mine, other = await bench.open(), await bench.open()
+    await bench.step(other, hidden(3), 0)
+    nonsense = Tensor(dtype, shape, Blob(bytes(math.prod(shape) * ITEM_BYTES[dtype])))
+    with pytest.raises(BadStep):
+        await bench.batcher.call(Step(mine, 0, 0, nonsense, codec=codec), deadline=5)
+    await bench.batcher.call(Push(mine, 0, 1, nonsense), deadline=5)
+    with pytest.raises(BadStep):
+        await bench.batcher.call(Step(mine, 0, 0, None, codec=codec, ticket=1), deadline=5)
+    await bench.step(other, hidden(1), 3)
+
+
+async def test_a_cancelled_part_of_a_prompt_holds_nothing_up(bench: Bench) -> None:
+    session = await bench.open()
+    for after in (0, 7):  # waiting for its turn, and for one that will never come
+        with trio.move_on_after(0.05):
+            await bench.step(session, hidden(4), 0, ticket=8, after=after)
+    await bench.step(session, hidden(2), 0, ticket=9)
+    await bench.step(session, hidden(1), 2, ticket=10)
+
+
+async def test_steps_that_never_come_to_run_end_with_their_session_and_are_bounded(bench: Bench) -> None:
+    session, other = await bench.open(), await bench.open()
+    ended: list[type[Exception]] = []
+
+    async def wait(number: int) -> None:
+        try:
+            await bench.step(session, hidden(1), 0, ticket=number, after=2**50)
+        except (UnknownSession, Busy) as error:
+            ended.append(type(error))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(1, MAX_EXPECTED + 11):
+            nursery.start_soon(wait, number)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert ended == [Busy] * 10
+        await bench.step(other, hidden(1), 0)
+        await bench.host.call(CloseSession(session), deadline=5)
+    assert ended.count(UnknownSession) == MAX_EXPECTED
+    assert (await bench.batcher.call(GetLoad(), deadline=5)).queue == 0
+
+
+async def test_parked_pushes_are_bounded_in_bytes(bench: Bench) -> None:
+    session = await bench.open()
+    whole = to_wire(torch.zeros(1, LENGTH, HIDDEN))
+    for ticket in (1, 2):
+        await bench.batcher.call(Push(session, 0, ticket, whole), deadline=5)
+    done = await bench.batcher.call(Step(session, 0, 0, None, ticket=1), deadline=5)
+    assert done.position == LENGTH
+    with pytest.raises(DeadlineExceeded):  # the second one found no room
+        await bench.batcher.call(Step(session, 0, 0, None, ticket=2), deadline=0.05)

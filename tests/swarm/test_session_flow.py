@@ -109,3 +109,29 @@ async def test_a_prompt_is_cancelled_and_another_takes_its_place(autojump_clock:
                 assert scope.cancelled_caught
                 await twin.step(2)
             assert twin.session.failovers == 0
+
+
+async def test_a_dead_link_between_hosts_costs_one_wait(autojump_clock: MockClock) -> None:
+    async with toy_swarm(*THREE) as swarm, twin_session(swarm, 8) as twin:
+        await twin.step(3)
+        await twin.step()
+        swarm.network.partition({swarm.hosts[0].peer}, {swarm.hosts[1].peer})
+        times = []
+        for _ in range(6):
+            began = trio.current_time()
+            await twin.step()
+            times.append(trio.current_time() - began)
+        assert times[0] > PUSH_GRACE
+        assert max(times[1:]) < 0.1
+        assert twin.session.failovers == 0
+
+
+async def test_a_prompt_with_more_padding_than_a_chunk(autojump_clock: MockClock) -> None:
+    async with toy_swarm(*THREE) as swarm, twin_session(swarm, 8, batch=2, max_length=LONG) as twin:
+        doomed = swarm.hosts[1]
+        await swarm.add(doomed.start, doomed.end)
+        await twin.step(PROMPT, padding=(200, 0))
+        assert swarm.hosts[0].steps[0][:2] == (0, 201)
+        swarm.kill(swarm.at(twin.session, 1))
+        await twin.step()
+        assert twin.session.failovers == 1
