@@ -205,3 +205,36 @@ def test_many_sessions_in_one_pass_are_what_each_is_alone(tmp_path: Path) -> Non
 def test_pack_linears_counts_bytes() -> None:
     layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 4, bias=False), nn.LayerNorm(4))])
     assert pack_linears(layers, "int8") == 8 * 4 + 4 * 2 + 2 * 4 * 4
+
+
+@pytest.mark.parametrize(("family", "wrong"), [("jamba", True), ("qwen3_next", False)])
+def test_families_that_forget_their_state_are_given_a_token_at_a_time(family: str, wrong: bool, tmp_path: Path) -> None:
+    """transformers' jamba ignores its recurrent state when several tokens follow a prefix."""
+    more: dict[str, Any] = {
+        "jamba": {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+        "qwen3_next": {
+            "head_dim": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    }
+    span = Span.load(open_source(str(save_tiny(tmp_path, family, **LLAMA, **more[family]))), 0, LAYERS)
+    assert span._one_by_one == wrong
+    tokens = torch.randn(1, 24, HIDDEN, generator=torch.Generator().manual_seed(1))
+    [whole] = span.run([SpanJob(span.open(1, 32), tokens, 0)])
+    cache = span.open(1, 32)
+    parts = [span.run([SpanJob(cache, tokens[:, start:end], start)])[0] for start, end in ((0, 16), (16, 23), (23, 24))]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4 * float(whole.abs().max()))
