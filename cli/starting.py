@@ -14,10 +14,13 @@ import contextlib
 import gc
 import threading
 
+from swarmlm.models import lean
+
 
 def begin() -> threading.Thread:
     """Import torch and transformers in a thread, and libp2p here meanwhile."""
     gc.disable()
+    lean.keep_heap_small()
     thread = threading.Thread(target=_import, name="imports", daemon=True)
     thread.start()
     from swarmlm.transport.libp2p.stand_ins import import_libp2p
@@ -27,8 +30,6 @@ def begin() -> threading.Thread:
 
 
 def _import() -> None:
-    from swarmlm.models import lean
-
     with contextlib.suppress(ImportError):  # whoever needs it imports it again, and fails there
         lean.defer_unused()
 
@@ -43,9 +44,8 @@ async def done(imports: threading.Thread) -> None:
 def ready(*, thorough: bool = False) -> None:
     """Collect from here on, but only what comes from here on. `thorough` (0.3 s): give what loading left over back."""
     if thorough:
-        from swarmlm.models.lean import release_unused_memory
-
         gc.collect()
-        release_unused_memory()
+        lean.release_unused_memory()
+    lean.keep_heap_fast()
     gc.freeze()
     gc.enable()

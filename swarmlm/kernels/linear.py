@@ -9,6 +9,7 @@ Reference: `torch.nn.functional.linear` on the same weights.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import time
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 PACKED_ROWS = 16  # the row count that the layout is chosen for: blocked for small batches, good at all others
-FULL_ROWS = 4  # rows: below it, the kernel for one row is slower than the blocked one on rows added for company
+ROW_COUNTS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # that products are computed for: oneDNN makes
+# and keeps code for each count and shape, half a MB; below four rows its other kernel is slower than four rows of this
 SKINNY_ROWS = 8  # rows: more are computed the usual way
 SURE = 0.9  # times the usual product's time: less is not worth another way
 TURNS = 8  # of each product measured: the best of them is one that nobody disturbed
@@ -61,13 +63,13 @@ class PackedLinear(nn.Module):
 
     def product(self, given: torch.Tensor) -> torch.Tensor:
         rows = given.numel() // self.in_features
-        if rows >= FULL_ROWS:
-            return _product(given, self._packed, self._bias)
         flat = given.reshape(rows, self.in_features)
-        filled = flat.new_empty(FULL_ROWS, self.in_features)
-        filled[:rows] = flat
-        filled[rows:] = flat[:1]
-        return _product(filled, self._packed, self._bias)[:rows].view(*given.shape[:-1], self.out_features)
+        if rows <= ROW_COUNTS[-1]:
+            output = _product(filled(flat), self._packed, self._bias)[:rows]
+        else:
+            pieces = torch.split(flat, ROW_COUNTS[-1])
+            output = torch.cat([_product(filled(piece), self._packed, self._bias)[: len(piece)] for piece in pieces])
+        return output.view(*given.shape[:-1], self.out_features)
 
 
 class _Frozen(torch.autograd.Function):
@@ -85,6 +87,15 @@ class _Frozen(torch.autograd.Function):
 def _product(given: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(given, packed, bias, "none", [], "")
     return output
+
+
+def filled(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` [count, features], and zeros up to the next of `ROW_COUNTS`."""
+    count = rows.shape[0]
+    place = bisect.bisect_left(ROW_COUNTS, count)
+    if place == len(ROW_COUNTS) or ROW_COUNTS[place] == count:
+        return rows
+    return torch.cat((rows, rows.new_zeros(ROW_COUNTS[place] - count, rows.shape[1])))
 
 
 def skinny_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,10 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from swarmlm.kernels.attention import ragged_decode_attention
 from swarmlm.kernels.backend import runs_triton
 from swarmlm.kernels.int8 import KERNEL_ROWS, Int8Linear
-from swarmlm.kernels.linear import FULL_ROWS, PackedLinear
+from swarmlm.kernels.linear import PackedLinear, filled
 from swarmlm.models.cache import SlabCache
 from swarmlm.models.packing import FusedPart
-from swarmlm.models.scripted import compiled, filled
+from swarmlm.models.scripted import compiled
 
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}  # those whose blocks were compared, in tests, with their own code
 ROTARY = {"default", "linear", "llama3", "yarn"}  # whose angles depend on nothing but the position
@@ -73,7 +73,7 @@ class FusedBlocks:
         linears = [(block.qkv, block.out, block.gate_up, block.down) for block in blocks]
         weights = [[_tensors(linear) for linear in four] for four in linears]
         self._weights = (norms, weights, [[linear.bias for linear in four] for four in linears])
-        self._least_rows = FULL_ROWS if any(isinstance(block.qkv, PackedLinear) for block in blocks) else 1
+        self._packed = any(isinstance(block.qkv, PackedLinear) for block in blocks)
         self._most_rows = KERNEL_ROWS if any(isinstance(block.qkv, Int8Linear) for block in blocks) else sys.maxsize
         on_cpu = norms[0][0].device.type == "cpu" and norms[0][0].dtype == torch.float32
         self._script = compiled() if on_cpu else None
@@ -106,17 +106,19 @@ class FusedBlocks:
         if self._script is not None and few:
             return self._decode(jobs, hidden, first, last)
         parts = self._parts(jobs, hidden)
-        positions = torch.cat([part.positions for part in parts]) if len(parts) > 1 else parts[0].positions
+        rows = hidden.shape[0]
+        hidden = filled(hidden) if self._packed else hidden
+        positions = torch.cat([*(part.positions for part in parts), hidden.new_zeros(len(hidden) - rows).long()])
         cos, sin = (table[0].unsqueeze(1) for table in self._rotary(hidden, positions[None]))
         for index in range(first, last):
             hidden = self._run_block(index, self._blocks[index], hidden, parts, cos, sin)
-        return hidden
+        return hidden[:rows]
 
     def _decode(self, jobs: Sequence[FusedJob], hidden: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """One token a row, all blocks in one call."""
         assert self._script is not None
         rows = hidden.shape[0]
-        hidden = filled(hidden, self._least_rows)
+        hidden = filled(hidden) if self._packed else hidden
         held = [job.cache.position for job in jobs]
         places = [place for job, place in zip(jobs, held, strict=True) for _ in range(job.cache.batch)]
         places += places[:1] * (hidden.shape[0] - rows)
@@ -155,7 +157,7 @@ class FusedBlocks:
         if runs_triton(hidden) and all(part.is_decode for part in parts):
             attended = _attend_together(index, parts, turned[:, :heads])
         else:
-            attended = turned.new_empty(rows, heads * self._head_size)
+            attended = turned.new_zeros(rows, heads * self._head_size)
             for part in parts:
                 part.attend(index, turned[part.where, :heads], attended[part.where])
         hidden = hidden + block.out(attended)

@@ -20,6 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
+LOADING_THRESHOLD = 2**18  # bytes: weights and their temporaries are larger, what stays is smaller
+COMPUTING_THRESHOLD = 2**25  # bytes: the largest that glibc takes
 COMPILER = "torch._dynamo"
 SCAN = "create_import_structure_from_path"  # of transformers; nothing is done where a release has no such function
 MARKERS = ("allow_in_graph", "assume_constant_result", "disable")  # decorators; without a compiler they do nothing
@@ -115,6 +118,23 @@ def _one_process() -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_available = real
+
+
+def keep_heap_small() -> None:
+    """While loading: one heap, and what is large apart from it, so that all of it can go back to the system."""
+    _mallopt(M_ARENA_MAX, 1)
+    _mallopt(M_MMAP_THRESHOLD, LOADING_THRESHOLD)
+
+
+def keep_heap_fast() -> None:
+    """While computing: buffers of a step come from the heap, which does not ask the system for them each time."""
+    _mallopt(M_MMAP_THRESHOLD, COMPUTING_THRESHOLD)
+
+
+def _mallopt(option: int, value: int) -> None:
+    """Nothing where libc is not glibc."""
+    if _malloc_trim() is not None:
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def release_unused_memory() -> None:

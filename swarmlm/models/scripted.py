@@ -91,12 +91,6 @@ def decode(
     return hidden
 
 
-def filled(hidden: torch.Tensor, rows: int) -> torch.Tensor:
-    """At least `rows` rows, the first one repeated."""
-    missing = rows - hidden.shape[0]
-    return torch.cat((hidden, hidden[:1].expand(missing, -1))) if missing > 0 else hidden
-
-
 def compiled() -> Callable[..., Any]:
     """`decode`, compiled if this Python and torch can."""
     try:

@@ -27,7 +27,7 @@ NO_PUSH_SECONDS = 30.0  # after a push that was lost: the hosts' link may be dea
 PUSH_TIMES = 4.0  # times what the hop before took: a slow machine is given longer
 
 
-@dataclass
+@dataclass(eq=False)
 class _Chunk:
     part: Part
     hidden: torch.Tensor

@@ -26,7 +26,7 @@ def test_decode_over_real_hosts_has_the_tokens_of_local_transformers(tmp_path: P
     tokenizer = open_source("smollm2").tokenizer()
     tokenizer.save_pretrained(tmp_path)
     tiny_llama(tmp_path, vocab_size=len(tokenizer))
-    report = bench("decode", str(tmp_path), "--tokens", "16")
+    report = bench("decode", "--model", str(tmp_path), "--tokens", "16")
     rows = {row["what"].partition(":")[0].partition(",")[0]: row for row in report["rows"]}
     swarm, floor, equal = rows["swarm"], rows["reading its float32 weights once"], rows["tokens as the reference's"]
     assert swarm["unit"] == "ms/token"

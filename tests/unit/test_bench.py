@@ -83,7 +83,7 @@ def test_every_benchmark_has_a_module_and_a_place_on_the_page() -> None:
 
 def test_arguments_become_options() -> None:
     arguments = make_parser().parse_args(
-        ["bench", "decode", "my/model", "--quant", "int8", "--tokens", "9", "--hosts", "3"]
+        ["bench", "decode", "--model", "my/model", "--quant", "int8", "--tokens", "9", "--hosts", "3"]
     )
     options = options_of(arguments)
     assert (options.model, options.quant, options.tokens, options.hosts) == ("my/model", "int8", 9, 3)
@@ -119,7 +119,8 @@ def test_ten_thousand_hosts_are_planned_in_time() -> None:
 
 def test_a_benchmark_that_fails_says_so_on_the_page() -> None:
     section = measure(("plan", "--repeats", "0"))
-    assert section == "## swarmlm bench plan --repeats 0\n\nDid not run: --repeats 0 is too few: it must be above 0\n"
+    reason = "--repeats 0 is out of range: it must be above 0 and at most 1,000,000"
+    assert section == f"## swarmlm bench plan --repeats 0\n\nDid not run: {reason}\n"
     text = page([section])
     assert text.startswith("# Benchmarks\n")
     assert torch.__version__ in text

@@ -11,7 +11,7 @@ from torch import nn
 
 from swarmlm.kernels.attention import ragged_decode_attention
 from swarmlm.kernels.int8 import KERNEL_ROWS, Int8Linear, quantize
-from swarmlm.kernels.linear import FULL_ROWS, SKINNY_ROWS, PackedLinear, skinny_product
+from swarmlm.kernels.linear import ROW_COUNTS, SKINNY_ROWS, PackedLinear, filled, skinny_product
 from swarmlm.models import fused, packing
 from swarmlm.models.fused import FusedBlocks
 from swarmlm.models.loading import decoder_layers
@@ -21,7 +21,7 @@ from swarmlm.models.source import open_source
 from swarmlm.models.span import Span, SpanJob
 from tests.tiny import HIDDEN, LAYERS, save_tiny
 
-ROWS = (1, 2, FULL_ROWS - 1, FULL_ROWS, 9, KERNEL_ROWS, KERNEL_ROWS + 1, 70)
+ROWS = (1, 3, 4, 9, ROW_COUNTS[-1] + 5, KERNEL_ROWS, KERNEL_ROWS + 1, 70)
 
 
 def weight(rows: int = 48, columns: int = 64) -> torch.Tensor:
@@ -38,6 +38,12 @@ def test_packed_products_are_the_usual_ones(rows: int, bias: bool) -> None:
     assert torch.allclose(packed(given).double(), exact, atol=1e-5)
     assert packed(given).shape == (1, rows, 48)
     assert torch.equal(packed.dense(), weight())
+
+
+def test_products_are_computed_for_few_row_counts() -> None:
+    """Each count costs memory for good."""
+    assert {filled(torch.ones(rows, 2)).shape[0] for rows in range(1, ROW_COUNTS[-1] + 1)} == set(ROW_COUNTS)
+    assert float(filled(torch.ones(5, 2)).sum()) == 5 * 2
 
 
 @pytest.mark.parametrize("make", [PackedLinear, Int8Linear])

@@ -57,6 +57,8 @@ def test_the_deferred_compiler_is_the_real_one_once_it_is_used() -> None:
 def test_libp2p_without_its_unused_parts_still_has_them() -> None:
     printed = run(
         "import sys\n"
+        "from swarmlm.transport.libp2p.stand_ins import import_libp2p\n"
+        "import_libp2p()\n"
         "from swarmlm.transport.libp2p import open_libp2p\n"
         "print([name for name in ('requests', 'zeroconf') if name in sys.modules])\n"
         "from libp2p.host import basic_host\n"
